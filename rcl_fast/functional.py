@@ -1,0 +1,177 @@
+"""The one door to the loss: checks the input, picks the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcl_fast import checks, reference
+from rcl_fast.backends import dense, tiled
+from rcl_fast.batch import ContrastiveBatch, positives_per_anchor
+
+BACKENDS = ("auto", "triton", "tiled", "dense", "reference")
+
+
+def contrastive_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    class_counts: Tensor | Sequence[int] | None = None,
+    prototypes: Tensor | None = None,
+    temperature: float = 0.1,
+    class_average: bool = False,
+    rebalance: bool = False,
+    compression: Tensor | Sequence[float] | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    group: Any = None,
+    validate: bool = False,
+) -> Tensor:
+    """Supervised contrastive loss for long-tailed classes: SCL, BCL, and either with RCL.
+
+    For anchor i with label y_i, over the keys k (all anchors but i, and the prototypes)::
+
+        ℓ_i = log Σ_k exp(s_ik + b_ik) − mean_{p ∈ P(i)} s_ip − log n[y_i]     (the last one with rebalance only)
+        s_ik = h̃_i · h̃_k / temperature,  b_ik = log n[y_k] (rebalance) − log count_i[y_k] (class_average)
+
+    Source: De Alvis et al., "Long-Tail Learning with Rebalanced Contrastive Loss", eq. 3-6 and section 3.3.2;
+    Zhu et al., "Balanced Contrastive Learning" (CVPR 2022) for `class_average` and prototypes.
+
+    Args:
+        features: [N, D], or [B, V, D] with V views a sample, which is the same as its reshape to [B·V, D] with each
+            label repeated V times. float16, bfloat16, float32 or float64, not normalised. 16-bit inputs are
+            accumulated in float32.
+        labels: [N] or [B], any integer dtype. Values in [0, C), or any integers where none of class_counts,
+            prototypes and compression says what C is.
+        class_counts: [C] training images a class (n_j). Needed by `rebalance`.
+        prototypes: [C, D] one more key per class, never an anchor; raw, like the features.
+        temperature: T, above 0.
+        class_average: average the denominator over each class (eq. 3, 5).
+        rebalance: weigh each key by its class's n_j (eq. 4-6).
+        compression: [C] factor on the unit features and prototypes of each class (section 3.3.2).
+        normalize: divide features and prototypes by their length; False where they already have unit length.
+        reduction: "mean" over the anchors that have a positive, "sum", or "none": [N], 0 without a positive.
+        backend: "auto", "tiled" (any device, no N×M memory), "dense" (plain PyTorch), "reference" (float64 oracle).
+        group: reserved for the loss over all processes.
+        validate: check also the values of tensors on a GPU, which costs a synchronisation.
+
+    Returns:
+        A scalar, or [N] for "none": float64 for float64 inputs, float32 otherwise ("reference": always float64).
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
+        NotImplementedError: backend="triton" and group, which are not built yet.
+
+    >>> loss = contrastive_loss(features, labels, class_counts=counts, prototypes=prototypes,
+    ...                         class_average=True, rebalance=True)                    # BCL+RCL
+    """
+    checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    backend = resolve_backend(backend)
+    if group is not None:
+        raise NotImplementedError("group is not built yet: the loss is of this process's anchors only; pass group=None")
+    batch = _checked_batch(
+        features,
+        labels,
+        class_counts=class_counts,
+        prototypes=prototypes,
+        temperature=temperature,
+        class_average=class_average,
+        rebalance=rebalance,
+        compression=compression,
+        normalize=normalize,
+        validate=validate,
+    )
+    # The products are the loss's own business: autocast would round its similarities to 16 bits.
+    with torch.autocast(features.device.type, enabled=False):
+        return _reduced(batch, reduction, backend)
+
+
+def resolve_backend(backend: str) -> str:
+    """The backend that a name stands for; raises for an unknown or an unbuilt one."""
+    checks.check_choice("backend", backend, BACKENDS)
+    if backend == "triton":
+        raise NotImplementedError('backend="triton" is not built yet; use "auto", "tiled" or "dense"')
+    return "tiled" if backend == "auto" else backend
+
+
+def _reduced(batch: ContrastiveBatch, reduction: str, backend: str) -> Tensor:
+    has_positive = positives_per_anchor(batch) > 0
+    if backend == "tiled" and reduction != "none":
+        return tiled.weighted_contrastive_loss(batch, _reduction_weights(has_positive, reduction))
+    losses = {"tiled": tiled, "dense": dense, "reference": reference}[backend].contrastive_loss(batch)
+    if reduction == "none":
+        return losses
+    return (losses * _reduction_weights(has_positive, reduction)).sum()
+
+
+def _reduction_weights(has_positive: Tensor, reduction: str) -> Tensor:
+    """[N] float64: what each anchor's loss counts for; "mean" is over the anchors that have a positive."""
+    weights = has_positive.double()
+    return weights / weights.sum().clamp(min=1) if reduction == "mean" else weights
+
+
+def _checked_batch(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    class_counts: Tensor | Sequence[int] | None,
+    prototypes: Tensor | None,
+    temperature: float,
+    class_average: bool,
+    rebalance: bool,
+    compression: Tensor | Sequence[float] | None,
+    normalize: bool,
+    validate: bool,
+) -> ContrastiveBatch:
+    checks.check_features(features)
+    checks.check_labels(labels, features)
+    checks.check_temperature(temperature)
+    rows = {}  # classes that each argument speaks of
+    if class_counts is not None:
+        class_counts = checks.as_class_vector("class_counts", class_counts, features.device)
+        checks.check_class_counts(class_counts, rebalance, validate)
+        rows["class_counts"] = len(class_counts)
+    elif rebalance:
+        raise ValueError("rebalance=True needs class_counts: [C], the training images of each class")
+    if prototypes is not None:
+        checks.check_prototypes(prototypes, features)
+        rows["prototypes"] = len(prototypes)
+    if compression is not None:
+        compression = checks.as_class_vector("compression", compression, features.device)
+        checks.check_compression(compression, validate)
+        rows["compression"] = len(compression)
+    checks.check_class_rows_agree(rows)
+
+    if features.ndim == 3:
+        labels = labels.repeat_interleave(features.shape[1])
+        features = features.flatten(0, 1)
+    if rows:
+        num_classes = next(iter(rows.values()))
+        checks.check_label_values(labels, num_classes, validate)
+        labels = labels.long()
+    else:
+        num_classes = len(labels)
+        labels = _ranks(labels)
+    return ContrastiveBatch(
+        features=features,
+        labels=labels,
+        prototypes=prototypes,
+        class_counts=class_counts if rebalance else None,
+        compression=compression,
+        num_classes=num_classes,
+        temperature=float(temperature),
+        class_average=bool(class_average),
+        normalize=bool(normalize),
+    )
+
+
+def _ranks(labels: Tensor) -> Tensor:
+    """Any integers as class indices in [0, N), like `unique`'s inverse but without its host synchronisation."""
+    ordered, order = labels.long().sort()
+    is_next = torch.zeros_like(ordered)
+    is_next[1:] = (ordered[1:] != ordered[:-1]).long()
+    return torch.empty_like(ordered).scatter_(0, order, is_next.cumsum(0))

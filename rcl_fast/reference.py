@@ -1,0 +1,42 @@
+"""The equations line by line, in float64: the oracle of every test. Slow and obvious on purpose.
+
+Source: De Alvis, Denipitiyage, Seneviratne, "Long-Tail Learning with Rebalanced Contrastive Loss" (eq. 3-6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rcl_fast.batch import ContrastiveBatch
+
+
+def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
+    """ℓ_i for each anchor, float64 [N]; 0 for an anchor without a positive."""
+    C = batch.num_classes
+    z = batch.features.double()
+    y = batch.labels
+    if batch.prototypes is not None:
+        z = torch.cat([z, batch.prototypes.double()])
+        y = torch.cat([y, torch.arange(C, device=y.device)])
+    n = torch.ones(C, device=y.device) if batch.class_counts is None else batch.class_counts
+    tau = torch.ones(C, device=y.device) if batch.compression is None else batch.compression
+    n, tau = n.double(), tau.double()
+
+    losses = []
+    for i in range(len(batch.features)):
+        not_i = torch.arange(len(y), device=y.device) != i
+        positives = (y == y[i]) & not_i
+        if not positives.any():
+            losses.append(z[i].sum() * 0)
+            continue
+        h = torch.stack([row / (row.norm() or 1) for row in z]) if batch.normalize else z
+        h = tau[y, None] * h
+        s_i = h @ h[i] / batch.temperature
+        b_i = n[y].log()
+        if batch.class_average:
+            count_i = torch.stack([((y == j) & not_i).sum() for j in y]).double()
+            b_i = b_i - count_i.log()
+        lse_i = torch.logsumexp((s_i + b_i)[not_i], dim=0)
+        losses.append(lse_i - s_i[positives].mean() - n[y[i]].log())
+    return torch.stack(losses) if losses else z.sum(dim=1)[:0]

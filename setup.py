@@ -1,0 +1,64 @@
+"""Installs rcl_fast, with kernels/ as rcl_fast.kernels and train/ as rcl_fast.train: nothing else lands in site-packages."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+# Each folder at the root that is installed, and the name users import it by.
+FOLDERS = {"rcl_fast": "rcl_fast", "kernels": "rcl_fast.kernels", "train": "rcl_fast.train"}
+
+
+def packages() -> dict[str, str]:
+    """Every package below FOLDERS, as {import name: folder}."""
+    found = {}
+    for folder, name in FOLDERS.items():
+        for init in sorted(Path(folder).rglob("__init__.py")):
+            below = init.parent.relative_to(folder).parts
+            found[".".join((name, *below))] = str(init.parent)
+    return found
+
+
+setup(
+    name="rcl-fast",
+    version="0.1.0",
+    description="Supervised contrastive losses for long-tailed classification, and the trainer that uses them",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=list(packages()),
+    package_dir=packages(),
+    package_data={
+        "rcl_fast": ["py.typed"],
+        "rcl_fast.train": ["recipes/*.toml", "report.html.jinja"],
+    },
+    install_requires=[
+        "torch>=2.6",  # the loss itself
+        "numpy>=1.26",  # class counts and golden cases
+        # Triton comes with torch where it exists (Linux, CUDA): no line of its own.
+    ],
+    extras_require={
+        "train": [
+            "torchvision>=0.21",  # images: decoding, transforms v2, CIFAR's files
+            "timm>=1.0.9",  # any backbone by name, RandAugment with a spread of magnitudes
+            "scikit-learn>=1.4",  # the digits, t-SNE
+            "tyro>=0.9",  # the command line, from the configuration's dataclasses
+            "tomli>=2.0; python_version < '3.11'",  # recipes; tomllib from 3.11 on
+            "rich>=13.7",  # progress bars and tables
+            "tensorboard>=2.16",  # scalars
+            "plotly>=5.20",  # the report's figures, which open offline
+            "jinja2>=3.1",  # the report's page
+        ],
+        "dali": ["nvidia-dali-cuda120>=2.0"],
+        "dev": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",  # generated shapes and class distributions
+            "pytest-benchmark>=4.0",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "build>=1.2",  # the packaging test builds the wheel as a user's pip would
+        ],
+    },
+    entry_points={"console_scripts": ["rcl-train = rcl_fast.train.run:main"]},
+)
