@@ -1,4 +1,4 @@
-"""Installs rcl_fast, with kernels/ as rcl_fast.kernels and train/ as rcl_fast.train: nothing else lands in site-packages."""
+"""Installs rcl_fast, with kernels/ and train/ inside it: no other name lands in site-packages."""
 
 from pathlib import Path
 

@@ -29,7 +29,7 @@ def check_features(features: Tensor) -> None:
         )
     if features.ndim not in (2, 3) or features.shape[-1] == 0:
         raise ValueError(
-            f"features must be [N, D], or [B, V, D] with V views a sample, with D >= 1; got shape {list(features.shape)}"
+            f"features must be [N, D], or [B, V, D] with V views a sample, with D >= 1; got {list(features.shape)}"
         )
 
 

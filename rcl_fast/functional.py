@@ -105,7 +105,7 @@ def _reduced(batch: ContrastiveBatch, reduction: str, backend: str) -> Tensor:
     losses = {"tiled": tiled, "dense": dense, "reference": reference}[backend].contrastive_loss(batch)
     if reduction == "none":
         return losses
-    return (losses * _reduction_weights(has_positive, reduction)).sum()
+    return (losses * _reduction_weights(has_positive, reduction).to(losses.dtype)).sum()
 
 
 def _reduction_weights(has_positive: Tensor, reduction: str) -> Tensor:

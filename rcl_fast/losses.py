@@ -69,7 +69,7 @@ class ContrastiveLoss(nn.Module):
         elif rebalance:
             raise ValueError("rebalance=True needs class_counts: [C], the training images of each class")
         self.register_buffer("class_counts", class_counts, persistent=False)
-        self.register_buffer("compression", None)
+        self.register_buffer("compression", None, persistent=False)
         self.set_compression(compression)
         self.temperature = temperature
         self.class_average = class_average

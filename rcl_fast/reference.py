@@ -23,6 +23,9 @@ def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
     tau = torch.ones(C, device=y.device) if batch.compression is None else batch.compression
     n, tau = n.double(), tau.double()
 
+    h = torch.stack([row / (row.norm() or 1) for row in z]) if batch.normalize and len(z) else z
+    h = tau[y, None] * h
+
     losses = []
     for i in range(len(batch.features)):
         not_i = torch.arange(len(y), device=y.device) != i
@@ -30,8 +33,6 @@ def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
         if not positives.any():
             losses.append(z[i].sum() * 0)
             continue
-        h = torch.stack([row / (row.norm() or 1) for row in z]) if batch.normalize else z
-        h = tau[y, None] * h
         s_i = h @ h[i] / batch.temperature
         b_i = n[y].log()
         if batch.class_average:

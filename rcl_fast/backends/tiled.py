@@ -41,11 +41,12 @@ def weighted_contrastive_loss(batch: ContrastiveBatch, weights: Tensor, chunk_by
     if not torch.is_grad_enabled():
         return (weights * contrastive_loss(batch, chunk_bytes)).sum()
     anchors, prototypes = anchors_and_prototypes(batch)
-    weights = weights.to(anchors.dtype)
+    weights = weights.double()  # two sums of N terms whose difference is wanted: float64 costs nothing here
     log_sum_exp = _WeightedLogSumExp.apply(
         anchors, prototypes, weights, _tiling(batch, anchors, prototypes, chunk_bytes)
     )
-    return log_sum_exp - (weights * _anchor_terms(batch, anchors, prototypes)).sum()
+    terms = (weights * _anchor_terms(batch, anchors, prototypes)).sum()
+    return (log_sum_exp - terms).to(anchors.dtype)
 
 
 def _anchor_terms(batch: ContrastiveBatch, anchors: Tensor, prototypes: Tensor) -> Tensor:
@@ -75,10 +76,10 @@ class _Tiling(NamedTuple):
         for start in range(0, len(self.labels), self.rows):
             yield slice(start, min(start + self.rows, len(self.labels)))
 
-    def logits(self, chunk: slice, anchors: Tensor, keys: Tensor) -> Tensor:
+    def logits(self, chunk: slice, anchors: Tensor, keys: Tensor, key_log_weights: Tensor) -> Tensor:
         """s_ik + b_ik of a chunk's anchors with every key [rows, M], −inf where the key is the anchor itself."""
         N = len(self.labels)
-        logits = torch.addmm(self.key_log_weights, anchors[chunk] / self.temperature, keys.T)
+        logits = torch.addmm(key_log_weights, anchors[chunk] / self.temperature, keys.T)
         if self.own_log_weights is not None:
             own = self.own_log_weights[chunk, None]
             logits[:, :N] += (self.labels[chunk, None] == self.labels) * own
@@ -120,15 +121,15 @@ class _WeightedLogSumExp(torch.autograd.Function):
         wanted = len(keys) if ctx.needs_input_grad[1] else N
         with_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         gradient = torch.zeros_like(keys[:wanted]) if with_gradient else None
-        total = anchors.new_zeros(())
+        total = weights.new_zeros(())
         for chunk in tiling.chunks():
-            exponentials, pivots, sums = _exponentials(tiling.logits(chunk, anchors, keys))
-            weight = weights[chunk, None]
+            exponentials, pivots, sums = _exponentials(tiling.logits(chunk, anchors, keys, tiling.key_log_weights))
             # Without a key the sum is 0 and so is the weight: the clamp turns 0 · log 0 into 0.
             sums = sums.clamp(min=torch.finfo(sums.dtype).tiny)
-            total += (weight * (sums.log() + pivots)).sum()
+            total += (weights[chunk, None] * (sums.log() + pivots)).sum()
             if gradient is not None:
-                scaled = exponentials.mul_(weight / (sums * tiling.temperature))  # w_i p_ik / T
+                scale = weights[chunk, None].to(sums.dtype) / (sums * tiling.temperature)
+                scaled = exponentials.mul_(scale)  # w_i p_ik / T
                 gradient[chunk].addmm_(scaled, keys)
                 gradient.addmm_(scaled[:, :wanted].T, anchors[chunk])
         ctx.save_for_backward(gradient)
@@ -139,7 +140,7 @@ class _WeightedLogSumExp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        gradient = gradient * upstream
+        gradient = gradient * upstream.to(gradient.dtype)
         for_prototypes = gradient[ctx.anchor_count :] if ctx.needs_input_grad[1] else None
         return gradient[: ctx.anchor_count], for_prototypes, None, None
 
@@ -152,7 +153,7 @@ class _LogSumExp(torch.autograd.Function):
         keys = torch.cat([anchors, prototypes])
         log_sum_exp = anchors.new_empty(len(anchors))
         for chunk in tiling.chunks():
-            _, pivots, sums = _exponentials(tiling.logits(chunk, anchors, keys))
+            _, pivots, sums = _exponentials(tiling.logits(chunk, anchors, keys, tiling.key_log_weights))
             log_sum_exp[chunk] = (sums.log() + pivots).squeeze(1)
         ctx.save_for_backward(anchors, prototypes, log_sum_exp)
         ctx.tiling = tiling
@@ -167,14 +168,16 @@ class _LogSumExp(torch.autograd.Function):
         N = len(anchors)
         # An anchor without a key has an lse of −inf and logits of −inf: any finite pivot gives exp(−inf) = 0.
         log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0)
+        no_weights = torch.zeros_like(tiling.key_log_weights)
         for_anchors = torch.empty_like(anchors)
         for_prototypes = torch.zeros_like(prototypes) if ctx.needs_input_grad[1] else None
         for chunk in tiling.chunks():
-            logits = tiling.logits(chunk, anchors, keys)  # s_ak + b_ak
-            # s is symmetric, so s_ka + b_ka is the same number with b of key a and the anchor k's own-class gain.
-            transposed = logits[:, :N] + tiling.key_log_weights[chunk, None] - tiling.key_log_weights[:N]
-            rows = logits.sub_(log_sum_exp[chunk, None]).exp_().mul_(upstream[chunk, None])  # G_ak
-            columns = transposed.sub_(log_sum_exp).exp_().mul_(upstream)  # G_ka
+            # s and the own-class gain are symmetric: with b of the other side they give G_ak and G_ka.
+            symmetric = tiling.logits(chunk, anchors, keys, no_weights)
+            columns = symmetric[:, :N] + tiling.key_log_weights[chunk, None]
+            columns = columns.sub_(log_sum_exp).exp_().mul_(upstream)  # G_ka
+            rows = symmetric.add_(tiling.key_log_weights)
+            rows = rows.sub_(log_sum_exp[chunk, None]).exp_().mul_(upstream[chunk, None])  # G_ak
             if for_prototypes is not None:
                 for_prototypes.addmm_(rows[:, N:].T, anchors[chunk], alpha=1 / tiling.temperature)
             rows[:, :N] += columns
