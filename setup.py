@@ -50,7 +50,7 @@ setup(
             "plotly>=5.20",  # the report's figures, which open offline
             "jinja2>=3.1",  # the report's page
         ],
-        "dali": ["nvidia-dali-cuda120>=2.0"],
+        "dali": ["nvidia-dali-cuda120>=2.0; sys_platform == 'linux'"],
         "dev": [
             "pytest>=8.0",
             "hypothesis>=6.100",  # generated shapes and class distributions

@@ -90,7 +90,7 @@ class ContrastiveLoss(nn.Module):
         """
         checks.check_choice("preset", name, tuple(PRESETS))
         preset = PRESETS[name]
-        fixed = {"class_average": preset.class_average, "rebalance": preset.rebalance}
+        fixed: dict[str, Any] = {"class_average": preset.class_average, "rebalance": preset.rebalance}
         for option in fixed.keys() & options.keys():
             raise TypeError(f"the preset {name!r} sets {option}; use ContrastiveLoss({option}=...) for another mix")
         loss = cls(class_counts, **fixed, **options)

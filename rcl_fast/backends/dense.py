@@ -23,7 +23,7 @@ def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
     has_positive = positive_count > 0
 
     log_weights = torch.zeros_like(logits)  # b [N, M]
-    anchor_log_counts = 0.0
+    anchor_log_counts = logits.new_zeros(())
     if batch.class_counts is not None:
         log_counts = batch.class_counts.to(logits.dtype).log()
         log_weights = log_weights + log_counts[key_labels]

@@ -138,7 +138,7 @@ class _WeightedLogSumExp(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         gradient = gradient * upstream.to(gradient.dtype)
         for_prototypes = gradient[ctx.anchor_count :] if ctx.needs_input_grad[1] else None
@@ -161,7 +161,7 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         anchors, prototypes, log_sum_exp = ctx.saved_tensors
         tiling: _Tiling = ctx.tiling
         keys = torch.cat([anchors, prototypes])

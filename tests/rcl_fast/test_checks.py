@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import draw_case
+from cases import draw_case
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from rcl_fast import ContrastiveLoss, contrastive_loss

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import Case, draw_case
+from cases import Case, draw_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

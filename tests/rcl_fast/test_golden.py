@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import Case
+from cases import Case
 
 from rcl_fast import contrastive_loss
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import draw_case
+from cases import draw_case
 from torch.nn import functional as F
 
 from rcl_fast import (

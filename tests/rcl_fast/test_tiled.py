@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import draw_case
+from cases import draw_case
 
 from rcl_fast import contrastive_loss
 from rcl_fast.backends import tiled

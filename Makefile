@@ -1,0 +1,40 @@
+# Each target sets up what it needs: `make train`, `make test`. ARGS are passed on: make train ARGS="--loss ce".
+PYTHON ?= python3
+BIN := .venv/bin
+UV := uv==0.13.9
+
+.PHONY: train test check types lock bench
+
+train: .venv/installed
+	$(BIN)/python train/run.py $(ARGS)
+
+test: .venv/installed check types
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# The type checker sees the packages under the names that users import: rcl_fast, rcl_fast.kernels, rcl_fast.train.
+types: .venv/installed
+	@rm -rf build/types && mkdir -p build/types/rcl_fast
+	@ln -s $(addprefix ../../../,$(wildcard rcl_fast/*) kernels train) build/types/rcl_fast/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p rcl_fast
+
+bench: .venv/installed
+	$(BIN)/python bench/loss.py $(ARGS)
+
+# Exact versions from PyPI, no addresses; `make lock` after a change of setup.py or requirements.in.
+lock:
+	$(PYTHON) -m uv pip compile requirements.in setup.py --extra train --extra dali --extra dev --universal \
+		--python-version 3.10 --no-header --no-annotate --quiet --upgrade --output-file requirements.lock
+
+.venv/installed: requirements.lock setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed, $$($(PYTHON) --version) found: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing the locked requirements into .venv (a few GB the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@

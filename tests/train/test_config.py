@@ -1,0 +1,116 @@
+"""Recipes, overrides, and what the command line says of mistakes."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from rcl_fast.train import config
+from rcl_fast.train.config import Dataset, Loss, parse, recipe
+
+
+@pytest.mark.parametrize("dataset", get_args(Dataset))
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_every_recipe_is_complete_for_every_loss(dataset: str, loss: str) -> None:
+    found = recipe(dataset, loss)
+    config.check(found)
+    assert (found.data.dataset, found.loss.loss) == (dataset, loss)
+    assert config.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_the_values_of_the_paper() -> None:
+    cifar = recipe("cifar100_lt", "bcl_rcl")
+    assert (cifar.optimization.epochs, cifar.optimization.lr, cifar.optimization.batch_size) == (200, 0.2, 256)
+    assert (cifar.loss.alpha, cifar.loss.beta, cifar.loss.tau, cifar.loss.temperature) == (2.0, 1.0, 1.3, 0.1)
+    assert [cifar.epoch_of(share) for share in cifar.optimization.milestones] == [160, 180]
+    assert cifar.epoch_of(cifar.loss.compression_from) == 100
+    assert (cifar.loss.compression_under, cifar.loss.compression_rest) == (1.0, 0.005)
+    assert recipe("cifar100_lt", "bcl").loss.tau == 1.0
+    assert recipe("cifar10_lt", "scl_rcl").loss == recipe("cifar100_lt", "scl_rcl").loss
+
+    imagenet = recipe("imagenet_lt", "bcl_rcl")
+    assert (imagenet.loss.alpha, imagenet.loss.beta, imagenet.loss.tau, imagenet.loss.temperature) == (1, 0.35, 1, 0.07)
+    assert (imagenet.optimization.epochs, imagenet.optimization.schedule, imagenet.optimization.lr) == (
+        90,
+        "cosine",
+        0.1,
+    )
+    assert (imagenet.model.classifier, imagenet.model.head_hidden, imagenet.model.head_out) == ("cosine", 2048, 1024)
+
+    inaturalist = recipe("inaturalist18", "bcl")
+    assert (inaturalist.optimization.lr, inaturalist.optimization.weight_decay) == (0.2, 1e-4)
+    assert inaturalist.views.mean == (0.466, 0.471, 0.380)
+
+
+def test_the_command_line_overrides_the_recipe() -> None:
+    found = parse(
+        ["--dataset", "cifar100_lt", "--data", "here", "--lr", "0.15", "--mean", ".1", ".2", ".3", "--compile"]
+    )
+    assert found.data.data == Path("here")
+    assert found.optimization.lr == 0.15
+    assert found.views.mean == (0.1, 0.2, 0.3)
+    assert found.run.compile
+    assert found.optimization.epochs == 200  # the recipe's
+
+
+def test_the_loss_chooses_its_own_defaults_and_an_override_still_wins() -> None:
+    assert parse(["--dataset", "cifar100_lt", "--loss", "bcl"]).loss.tau == 1.0
+    assert parse(["--dataset", "cifar100_lt", "--loss", "bcl", "--tau", "1.3"]).loss.tau == 1.3
+    assert parse(["--loss=ldam_drw"]).model.classifier == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--accumulate", "40"], "--accumulate must lie between 1 and half the batch size"),
+        (["--temperature", "0"], "--temperature must be above 0"),
+        (["--imbalance", "0.5"], "--imbalance must be at least 1"),
+        (["--validation-fraction", "1"], "--validation-fraction"),
+        (["--loss", "ldam_drw", "--classifier", "linear"], "--classifier cosine"),
+        (["--resume", "nowhere"], "no config.json there"),
+    ],
+)
+def test_mistakes_are_explained(arguments: list[str], said: str) -> None:
+    with pytest.raises(SystemExit, match=said):
+        parse(arguments)
+
+
+def test_an_unknown_option_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--learning-rate", "0.1"])
+    with pytest.raises(SystemExit):
+        parse(["--temprature", "0.1"])
+    assert "--temperature" in capsys.readouterr().err
+
+
+def test_help_shows_the_recipe_of_the_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--dataset", "imagenet_lt", "--help"])
+    text = capsys.readouterr().out
+    for part in (
+        "data options",
+        "model options",
+        "loss options",
+        "optimization options",
+        "resnext50",
+        "--dataset folder",
+    ):
+        assert part in text
+
+
+def test_an_unknown_name_in_a_recipe_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no option 'learning_rate'"):
+        config.from_dict({"optimization": {"learning_rate": 0.1}})
+    with pytest.raises(ValueError, match="unknown section 'optimizer'"):
+        config.from_dict({"optimizer": {}})
+
+
+def test_resuming_takes_the_earlier_configuration(tmp_path: Path) -> None:
+    saved = parse(["--loss", "scl", "--epochs", "7", "--output", str(tmp_path)])
+    (tmp_path / "config.json").write_text(json.dumps(saved.to_dict()))
+    found = parse(["--resume", str(tmp_path), "--epochs", "9"])
+    assert (found.loss, found.optimization.epochs) == (saved.loss, 9)
+    assert found.run.resume == found.run.output == tmp_path

@@ -1,0 +1,243 @@
+"""Whole runs on few small images: what is trained, written, resumed, and said when something is wrong."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rcl_fast.train import checkpoints, engine, run
+from rcl_fast.train.config import Config, parse
+
+METRICS = {
+    "balanced_accuracy",
+    "harmonic_mean",
+    "per_class_accuracy",
+    "many",
+    "medium",
+    "few",
+    "worst_class",
+    "best_epoch",
+    "last_epoch_balanced_accuracy",
+    "parameters",
+    "images_per_second",
+    "selected_on",
+}
+
+
+def configure(output: Path, *arguments: str) -> Config:
+    return parse(["--workers", "0", "--batch-size", "100", "--output", str(output), *arguments])
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.load(folder / checkpoints.LAST)["model"]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four epochs on the digits, compression from the third."""
+    return run.run(configure(tmp_path_factory.mktemp("finished") / "run", "--epochs", "4"))
+
+
+def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
+    found = {path.name.split(".tfevents")[0] for path in finished.iterdir()}
+    promised = {"config.json", "metrics.json", "metrics.jsonl", "report.html", "last.pt", "best.pt", "events.out"}
+    assert promised <= found
+    assert not list(finished.glob("*.unfinished"))
+    results = metrics(finished)
+    assert results.keys() >= METRICS
+    assert results["parameters"] == 464_154
+    assert len(results["per_class_accuracy"]) == 10
+    assert results["last_epoch"] == 4
+    assert not results["interrupted"]
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["loss"] == pytest.approx(2 * row["cross_entropy"] + row["contrastive"], rel=1e-5) for row in rows)
+    assert "Compression from epoch 3" in (finished / "report.html").read_text()
+
+
+def test_the_configuration_written_is_the_one_that_ran(finished: Path) -> None:
+    saved = json.loads((finished / "config.json").read_text())
+    assert saved["optimization"]["epochs"] == 4
+    assert saved["optimization"]["batch_size"] == 100
+    assert saved["loss"]["tau"] == 1.3  # the recipe's
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(finished: Path, tmp_path: Path) -> None:
+    again = run.run(configure(tmp_path / "again", "--epochs", "4"))
+    assert_same_weights(finished, again)
+    other = run.run(configure(tmp_path / "other", "--epochs", "1", "--seed", "1"))
+    first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    assert json.loads((other / "metrics.jsonl").read_text())["loss"] != first["loss"]
+
+
+def interrupt_in_epoch(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during the second step of an epoch (from 0)."""
+    step, steps = engine.train_step, []
+
+    def interrupted(training: engine.Training, batch: dict) -> dict:
+        steps.append(training.epoch)
+        if steps.count(epoch) == 2:
+            raise KeyboardInterrupt
+        return step(training, batch)
+
+    monkeypatch.setattr(engine, "train_step", interrupted)
+
+
+@pytest.mark.parametrize("epoch", [0, 3])  # with no epoch done; after compression has begun
+def test_ctrl_c_leaves_a_report_and_a_checkpoint_that_goes_on_as_if_nothing_happened(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_in_epoch(epoch, patch)
+        run.run(configure(folder, "--epochs", "4"))
+    assert metrics(folder)["interrupted"]
+    assert metrics(folder)["last_epoch"] == epoch
+    assert (folder / "report.html").exists()
+
+    run.run(parse(["--resume", str(folder)]))
+    assert metrics(folder)["last_epoch"] == 4
+    assert_same_weights(finished, folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_another_run_is_never_written_over(finished: Path) -> None:
+    with pytest.raises(SystemExit, match="already holds a run: go on with --resume"):
+        run.run(configure(finished))
+
+
+def test_resuming_with_other_data_or_another_network_is_refused(finished: Path) -> None:
+    before = (finished / checkpoints.LAST).read_bytes()
+    for arguments, said in [
+        (["--imbalance", "5"], "training set .* is not this run's"),
+        (["--arch", "resnet50"], "the checkpoint is of --arch resnet32"),
+        (["--head-out", "32"], "does not fit this network"),
+    ]:
+        with pytest.raises(SystemExit, match=said):
+            run.run(parse(["--resume", str(finished), *arguments]))
+    assert (finished / checkpoints.LAST).read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_describes_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = engine.train_step
+
+    def poisoned(training: engine.Training, batch: dict) -> dict:
+        if training.epoch == 1:
+            batch["x1"][0] = float("nan")
+        return step(training, batch)
+
+    monkeypatch.setattr(engine, "train_step", poisoned)
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as raised:
+        run.run(configure(folder, "--epochs", "3"))
+    for part in (
+        "not finite in epoch 2",
+        "100 images of",
+        "'x1': 'nan to nan'",
+        "positions in the training set",
+        "last.pt",
+    ):
+        assert part in str(raised.value)
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+    assert checkpoints.load(folder / checkpoints.LAST)["epoch"] == 1
+
+
+@pytest.mark.parametrize("loss", ["ce", "balanced_softmax", "logit_adjusted", "cb_focal", "ldam_drw", "scl", "scl_rcl"])
+def test_every_loss_trains(tmp_path: Path, loss: str) -> None:
+    folder = run.run(configure(tmp_path / "run", "--epochs", "3", "--lr", "0.02", "--loss", loss))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert ("contrastive" in rows[0]) == (loss in ("scl", "scl_rcl"))
+    assert rows[1]["loss"] < rows[0]["loss"]  # the third epoch of ldam_drw weighs the classes anew
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains(tmp_path: Path, precision: str) -> None:
+    folder = run.run(configure(tmp_path / "run", "--epochs", "3", "--lr", "0.02", "--precision", precision))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[2]["loss"] < rows[0]["loss"]
+    assert weights(folder)["classifier.weight"].dtype == torch.float32
+
+
+def write_image_lists(data: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = []
+    for label, count in enumerate([6, 4, 2]):
+        for number in range(count):
+            path = Path(f"images/n{label:03} é/{number}.png")
+            (data / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(data / path)
+            lines.append(f"{path} {label}")
+    for part in ("train", "val", "test"):
+        (data / f"ImageNet_LT_{part}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+IMAGENET = ("--dataset", "imagenet_lt", "--arch", "timm/resnet10t", "--epochs", "1", "--batch-size", "4")
+SMALL = ("--image-size", "32", "--resize", "36", "--head-hidden", "32", "--head-out", "16")
+
+
+def test_imagenet_lists_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image_lists(tmp_path)
+    folder = run.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path)))
+    assert metrics(folder)["selected_on"] == "validation (the data set's own)"
+    said = capsys.readouterr().out
+    assert "115,846" in said  # the published size, which these lists do not have
+    assert "report.html" in said
+
+
+def test_a_missing_image_is_named_with_its_line(tmp_path: Path) -> None:
+    write_image_lists(tmp_path)
+    (tmp_path / "images/n001 é/2.png").unlink()
+    with pytest.raises(SystemExit, match=r"n001 é/2\.png \(ImageNet_LT_train\.txt, line 9\): there is no such file"):
+        run.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path)))
+
+
+def test_missing_data_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)--dataset imagenet_lt: .*ImageNet_LT_train\.txt"):
+        run.run(configure(tmp_path / "run", *IMAGENET))
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="several processes"):
+        run.run(configure(tmp_path / "run"))
+
+
+def test_accumulated_parts_give_the_whole_batch_gradient_of_a_mean(tmp_path: Path) -> None:
+    """Cross-entropy and a network without BatchNorm in training mode: parts then add up exactly."""
+    settings = configure(tmp_path, "--loss", "ce", "--batch-size", "90")
+    splits = run._load_splits(settings, run.Console())
+    whole = engine.start(settings, splits, run.choose_machine(settings.run))
+    cut = dataclasses.replace(settings, optimization=dataclasses.replace(settings.optimization, accumulate=4))
+    parts = engine.start(cut, splits, run.choose_machine(cut.run))
+    batch = next(iter(run._loaders(settings, splits, whole.machine)[0].epoch(0)))
+    for training in (whole, parts):
+        training.model.double().eval()
+        engine.train_step(training, {**batch, "x1": batch["x1"].double()})
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_gradients_are_clipped_when_asked(tmp_path: Path) -> None:
+    settings = configure(tmp_path, "--clip-grad-norm", "0.001")
+    splits = run._load_splits(settings, run.Console())
+    training = engine.start(settings, splits, run.choose_machine(settings.run))
+    engine.train_step(training, next(iter(run._loaders(settings, splits, training.machine)[0].epoch(0))))
+    norms = torch.stack([parameter.grad.norm() for parameter in training.model.parameters()])
+    assert norms.norm() == pytest.approx(0.001, rel=1e-3)

@@ -1,0 +1,45 @@
+"""Image folders: DIR/train/CLASS/*, DIR/test/CLASS/*."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from rcl_fast.train.data.missing import missing_data
+from rcl_fast.train.data.samples import Published, Samples
+
+
+def image_folder(data: Path | None) -> Published:
+    """An image folder used as it is; classes in alphabetical order, the images of a class by file name.
+
+    Raises FileNotFoundError where a folder is missing or a class has no training image, ValueError for a class
+    that only the test set has. Warns where the test set lacks a class.
+    """
+    absent = [part for part in ("train", "test") if data is None or not (data / part).is_dir()]
+    if data is None or absent:
+        expected = [f"{part}/CLASS/IMAGE" for part in absent]
+        raise missing_data("folder", data, expected, f"Image formats: {' '.join(IMG_EXTENSIONS)}")
+    class_names, class_to_index = find_classes(data / "train")
+    return Published(
+        train=_samples(data / "train", class_to_index),
+        test=_samples(data / "test", _tested(data, class_to_index)),
+        class_names=class_names,
+    )
+
+
+def _tested(data: Path, class_to_index: dict[str, int]) -> dict[str, int]:
+    """The classes that the test set has."""
+    names, _ = find_classes(data / "test")
+    unknown = sorted(set(names) - set(class_to_index))
+    if unknown:
+        raise ValueError(f"{data / 'test'} has classes that {data / 'train'} lacks: {', '.join(unknown)}")
+    untested = sorted(set(class_to_index) - set(names))
+    if untested:
+        warnings.warn(f"{data / 'test'} has no images of: {', '.join(untested)}", stacklevel=5)
+    return {name: class_to_index[name] for name in names}
+
+
+def _samples(folder: Path, class_to_index: dict[str, int]) -> Samples:
+    found = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS)
+    return Samples([path for path, _ in found], np.array([label for _, label in found], np.int64))

@@ -1,0 +1,69 @@
+"""Labelled images, wherever they lie: as files, or in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+class BadImage(ValueError):
+    """An image file that cannot be read; the message names the file, where it was listed, and the cause."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images and their classes."""
+
+    images: Sequence[str] | NDArray[np.uint8]
+    """Paths, or the pixels themselves: uint8 [n, H, W, 3]."""
+    labels: NDArray[np.int64]
+    """[n], from 0."""
+    origins: Sequence[str] | None = None
+    """Where each image was listed, for error messages: "ImageNet_LT_train.txt, line 17"."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """A data set as it comes, before anything is held out; `validation` where it has its own."""
+
+    train: Samples
+    test: Samples
+    class_names: list[str]
+    validation: Samples | None = None
+
+
+def take(samples: Samples, indices: NDArray[np.int64]) -> Samples:
+    """The samples at `indices`, in that order."""
+    images, origins = samples.images, samples.origins
+    return Samples(
+        images[indices] if isinstance(images, np.ndarray) else [images[i] for i in indices],
+        samples.labels[indices],
+        origins and [origins[i] for i in indices],
+    )
+
+
+def open_image(samples: Samples, index: int) -> Image.Image:
+    """Sample `index` as an RGB image, decoded. Raises BadImage where its file is missing or damaged."""
+    image = samples.images[index]
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
+        origin = f" ({samples.origins[index]})" if samples.origins else ""
+        raise BadImage(f"cannot read the image {image}{origin}: {_cause(Path(image), error)}") from error
+
+
+def _cause(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,158 @@
+"""The augmented views of an image, and the one it is evaluated by: torchvision transforms from PIL to tensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+ViewKind = Literal["crop_flip", "autoaugment", "randaugment", "sim", "sim_randaugment", "digits", "digits_sim"]
+View = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How images become the network's input."""
+
+    image_size: int
+    """Height and width of every view, in pixels."""
+    mean: tuple[float, float, float]
+    """Mean of the data set's red, green and blue, in 0 to 1."""
+    std: tuple[float, float, float]
+    """Standard deviation of red, green and blue, in 0 to 1."""
+    x1: ViewKind
+    """View for the classifier."""
+    x2: ViewKind
+    """First view for the contrastive loss."""
+    x3: ViewKind
+    """Second view for the contrastive loss."""
+    evaluation: Literal["as_is", "resize_center_crop"]
+    """How images are evaluated: whole, which must then be image_size square, or resized and cropped."""
+    resize: int = 256
+    """Shorter side that resize_center_crop resizes to, in pixels, before it crops image_size."""
+    crop_padding: int = 4
+    """Black border that crop_flip and autoaugment crop from, in pixels."""
+    cutout: int = 16
+    """Side of autoaugment's black square, in pixels; 0 for none."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area that a resized crop takes."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Brightness, contrast, saturation and hue jitter of sim; randaugment takes the first three."""
+    jitter_probability: float = 0.8
+    """Probability that sim jitters the colours."""
+    gray_probability: float = 0.2
+    """Probability that sim turns the image gray."""
+    randaugment: str = "rand-n2-m10-mstd0.5"
+    """timm's RandAugment: n operations of magnitude m, with the spread mstd."""
+
+
+class Cutout(nn.Module):
+    """Blackens a square centred anywhere in the image, clipped at its border (DeVries & Taylor, 2017)."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: Tensor) -> Tensor:
+        """`image` [..., H, W], before normalisation; returns a new tensor."""
+        rows, columns = (self._interval(length) for length in image.shape[-2:])
+        image = image.clone()
+        image[..., rows, columns] = 0
+        return image
+
+    def _interval(self, length: int) -> slice:
+        start = int(torch.randint(length, ())) - self.side // 2
+        return slice(max(start, 0), min(start + self.side, length))
+
+
+class RequireSize(nn.Module):
+    """Passes an image of the given side through; raises ValueError for any other."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        if image.size != (self.side, self.side):
+            width, height = image.size
+            raise ValueError(
+                f"an image is {width}x{height} pixels, and evaluation as_is expects {self.side}x{self.side}: "
+                "set image_size to that, or evaluation to resize_center_crop"
+            )
+        return image
+
+
+def view(kind: ViewKind, options: ViewOptions) -> View:
+    """The random view of that kind: RGB image -> float32 [3, S, S], S = options.image_size, normalised.
+
+    Draws from the global generators of torch, and for the RandAugment kinds from those of random and numpy too.
+    """
+    if kind == "crop_flip":
+        return _to_tensor(_padded_crop_flip(options), options)
+    if kind == "autoaugment":
+        policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+        cutout = [Cutout(options.cutout)] if options.cutout else []
+        return _to_tensor([*_padded_crop_flip(options), policy], options, cutout)
+    if kind == "randaugment":
+        jitter = v2.ColorJitter(*options.jitter[:3], hue=0)
+        return _to_tensor([*_resized_crop_flip(options), jitter, _rand_augment(options)], options)
+    if kind == "sim":
+        return _to_tensor(_sim(options), options)
+    if kind == "sim_randaugment":
+        return _to_tensor([*_sim(options), _rand_augment(options)], options)
+    if kind == "digits":
+        return _to_tensor([_small_affine()], options)
+    if kind == "digits_sim":
+        crop = v2.RandomResizedCrop(options.image_size, scale=(0.5, 1.0), ratio=(0.9, 1.1), antialias=True)
+        return _to_tensor([crop, _small_affine()], options)
+    raise ValueError(f"unknown kind of view {kind!r}: expected one of {', '.join(ViewKind.__args__)}")
+
+
+def training_views(options: ViewOptions, contrastive: bool) -> list[View]:
+    """The views x1, x2, x3 of a training image; x1 alone where there is no contrastive loss to see the others."""
+    kinds = (options.x1, options.x2, options.x3) if contrastive else (options.x1,)
+    return [view(kind, options) for kind in kinds]
+
+
+def evaluation_view(options: ViewOptions) -> View:
+    """The one view of an image for evaluation, without randomness: RGB image -> float32 [3, S, S], normalised."""
+    size = options.image_size
+    if options.evaluation == "as_is":
+        return _to_tensor([RequireSize(size)], options)
+    return _to_tensor([v2.Resize(options.resize, antialias=True), v2.CenterCrop(size)], options)
+
+
+def _to_tensor(on_image: list, options: ViewOptions, on_pixels: list | None = None) -> View:
+    """`on_image` on the PIL image, `on_pixels` on the uint8 tensor, then normalisation."""
+    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
+    return v2.Compose([*on_image, v2.PILToTensor(), *(on_pixels or []), *normalize])
+
+
+def _padded_crop_flip(options: ViewOptions) -> list:
+    return [v2.RandomCrop(options.image_size, padding=options.crop_padding), v2.RandomHorizontalFlip()]
+
+
+def _resized_crop_flip(options: ViewOptions) -> list:
+    crop = v2.RandomResizedCrop(options.image_size, scale=options.crop_scale, antialias=True)
+    return [crop, v2.RandomHorizontalFlip()]
+
+
+def _sim(options: ViewOptions) -> list:
+    jitter = v2.RandomApply([v2.ColorJitter(*options.jitter)], options.jitter_probability)
+    return [*_resized_crop_flip(options), jitter, v2.RandomGrayscale(options.gray_probability)]
+
+
+def _rand_augment(options: ViewOptions) -> Callable[[Image.Image], Image.Image]:
+    fill = tuple(round(255 * mean) for mean in options.mean)
+    return rand_augment_transform(
+        options.randaugment, {"translate_const": int(options.image_size * 0.45), "img_mean": fill}
+    )
+
+
+def _small_affine() -> v2.RandomAffine:
+    """A shift, turn and scaling that leaves a digit what it is; a flip would not."""
+    return v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)

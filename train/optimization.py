@@ -1,0 +1,29 @@
+"""The optimiser and its schedule."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
+
+from rcl_fast.train.config import OptimizationOptions
+
+
+def build_optimizer(options: OptimizationOptions, model: nn.Module) -> SGD:
+    """SGD over every parameter, decay included, as the recipes have it."""
+    return SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+
+
+def build_schedule(options: OptimizationOptions, optimizer: SGD) -> LRScheduler:
+    """Per epoch: linear warm-up, then steps or a cosine; step it once after each epoch."""
+    warmup = min(options.warmup_epochs, options.epochs - 1)
+    if options.schedule == "steps":
+        milestones = [round(share * options.epochs) - warmup for share in options.milestones]
+        main: LRScheduler = MultiStepLR(optimizer, milestones, gamma=options.lr_decay)
+    else:
+        main = CosineAnnealingLR(optimizer, T_max=options.epochs - warmup)
+    if warmup == 0:
+        return main
+    # The first epoch runs at 1/warmup of the rate, the epoch after the warm-up at all of it.
+    ramp = LinearLR(optimizer, start_factor=1 / warmup, end_factor=1.0, total_iters=max(1, warmup - 1))
+    return SequentialLR(optimizer, [ramp, main], milestones=[warmup])

@@ -1,0 +1,222 @@
+"""Train a long-tailed classifier: `python train/run.py --help`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rcl_fast import metrics
+from rcl_fast.train import checkpoints, config, engine
+from rcl_fast.train.config import Config
+from rcl_fast.train.data.datasets import Splits, load_splits
+from rcl_fast.train.data.loader import Loader, evaluation_loader, training_loader
+from rcl_fast.train.data.samples import BadImage, Samples
+from rcl_fast.train.data.views import evaluation_view, training_views
+from rcl_fast.train.engine import NonFiniteLoss, Training
+from rcl_fast.train.evaluation import Evaluation, evaluate, some_of
+from rcl_fast.train.logs import RunLog, write_text
+from rcl_fast.train.machine import Machine, choose_machine
+from rcl_fast.train.report import Report, write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: parse, train, report."""
+    run(config.parse(arguments))
+
+
+def run(settings: Config) -> Path:
+    """Train, test the best and the last epoch, write metrics.json and report.html; returns the folder of results."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SystemExit("training on several processes is not built yet: run train/run.py without torchrun")
+    console = Console(soft_wrap=True)
+    machine = choose_machine(settings.run)
+    splits = _load_splits(settings, console)
+    training = engine.start(settings, splits, machine)
+    if settings.run.resume is not None:
+        training.load_state_dict(checkpoints.load(settings.run.resume / checkpoints.LAST))
+    folder = _prepare_folder(settings)
+    _introduce(console, settings, splits, training, folder)
+
+    interrupted = False
+    with RunLog(folder, settings.optimization.epochs, training.epoch, console) as log:
+        try:
+            engine.fit(training, *_loaders(settings, splits, machine), folder, log)
+        except KeyboardInterrupt:
+            interrupted = True
+            log.say(f"interrupted; writing the report of {training.epoch} epochs (Ctrl-C again leaves without it)")
+        except (NonFiniteLoss, BadImage) as error:
+            raise SystemExit(f"{error}\nThe last good checkpoint is {folder / checkpoints.LAST}") from error
+    results, evaluation = _results(settings, splits, training, folder, interrupted)
+    _write_results(settings, splits, training, folder, results, evaluation)
+    _conclude(console, results, folder)
+    return folder
+
+
+def _load_splits(settings: Config, console: Console) -> Splits:
+    data = settings.data
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            splits = load_splits(
+                data.dataset,
+                data.data,
+                imbalance=data.imbalance,
+                imbalance_shape=data.imbalance_shape,
+                validation_fraction=data.validation_fraction,
+                validate_on=data.validate_on,
+                seed=settings.run.seed,
+            )
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--dataset {data.dataset}: {error}") from error
+    for warning in caught:
+        console.print(f"note: {warning.message}", highlight=False)
+    return splits
+
+
+def _loaders(settings: Config, splits: Splits, machine: Machine) -> tuple[Loader, Loader]:
+    training = training_loader(
+        splits.train,
+        training_views(settings.views, contrastive=settings.contrastive),
+        batch_size=settings.optimization.batch_size,
+        workers=settings.data.workers,
+        seed=settings.run.seed,
+        pin_memory=machine.device.type == "cuda",
+    )
+    return training, _evaluation_loader(settings, splits.validation, machine)
+
+
+def _evaluation_loader(settings: Config, samples: Samples, machine: Machine) -> Loader:
+    return evaluation_loader(
+        samples,
+        evaluation_view(settings.views),
+        batch_size=settings.optimization.batch_size,
+        workers=settings.data.workers,
+        pin_memory=machine.device.type == "cuda",
+    )
+
+
+def _prepare_folder(settings: Config) -> Path:
+    """Make the folder of the results and write the resolved configuration there; never write over another run."""
+    name = f"{settings.data.dataset}-{settings.loss.loss}-{settings.model.arch}".replace("/", "-")
+    folder = settings.run.output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "config.json").exists() and settings.run.resume is None:
+        raise SystemExit(f"--output {folder} already holds a run: go on with --resume {folder}, or name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise SystemExit(f"--output {folder} can't be written: {error}") from error
+    return folder
+
+
+def _introduce(console: Console, settings: Config, splits: Splits, training: Training, folder: Path) -> None:
+    counts = splits.class_counts
+    device = training.machine.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    console.print(
+        f"{settings.data.dataset}: {len(splits.train):,} training images of {splits.num_classes} classes "
+        f"({counts.max():,} down to {counts.min():,} a class), {len(splits.validation):,} to validate on, "
+        f"{len(splits.test):,} to test on; the best epoch is selected on {splits.selected_on}\n"
+        f"{settings.model.arch}: {_parameters(training.model.backbone, training.model.classifier):,} parameters, "
+        f"{_parameters(training.model):,} with the heads; {where}, {training.machine.precision}; loss "
+        f"{settings.loss.loss}, {settings.optimization.epochs} epochs\n"
+        f"results in {folder}"
+        + (f"; going on after epoch {training.epoch}" if settings.run.resume is not None else ""),
+        highlight=False,
+    )
+
+
+def _parameters(*modules: torch.nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _results(
+    settings: Config, splits: Splits, training: Training, folder: Path, interrupted: bool
+) -> tuple[dict[str, Any], Evaluation]:
+    """The content of metrics.json, and the best epoch's evaluation on the test set."""
+    test = _evaluation_loader(settings, splits.test, training.machine)
+    last = _test_checkpoint(training, test, folder / checkpoints.LAST, len(splits.test))
+    best = last
+    if 0 < training.best_epoch < training.epoch:
+        best = _test_checkpoint(training, test, folder / checkpoints.BEST, len(splits.test))
+    class_accuracy = metrics.per_class_accuracy(best.confusion)
+    rates = sorted(row["images_per_second"] for row in training.history)
+    results = {
+        **metrics.summary(best.confusion, training.class_counts),
+        "per_class_accuracy": [None if value != value else value for value in class_accuracy.tolist()],
+        "best_epoch": training.best_epoch,
+        "last_epoch": training.epoch,
+        "last_epoch_balanced_accuracy": metrics.summary(last.confusion, training.class_counts)["balanced_accuracy"],
+        "selected_on": splits.selected_on,
+        "parameters": _parameters(training.model.backbone, training.model.classifier),
+        "parameters_with_heads": _parameters(training.model),
+        "images_per_second": rates[len(rates) // 2] if rates else None,
+        "interrupted": interrupted,
+        "seed": settings.run.seed,
+        "loss": settings.loss.loss,
+    }
+    return results, best
+
+
+def _test_checkpoint(training: Training, test: Loader, path: Path, count: int) -> Evaluation:
+    training.model.load_state_dict(checkpoints.load(path)["model"])
+    return evaluate(training.model, test, len(training.class_counts), training.machine, pictured=some_of(count))
+
+
+def _write_results(
+    settings: Config,
+    splits: Splits,
+    training: Training,
+    folder: Path,
+    results: dict[str, Any],
+    evaluation: Evaluation,
+) -> None:
+    write_text(folder / "metrics.json", json.dumps(results, indent=2) + "\n")
+    write_report(
+        folder / "report.html",
+        Report(
+            title=f"{settings.data.dataset} · {settings.loss.loss} · {settings.model.arch}",
+            config=settings.to_dict(),
+            metrics=results,
+            history=training.history,
+            class_names=splits.class_names,
+            class_counts=training.class_counts.tolist(),
+            confusion=evaluation.confusion.numpy(),
+            embeddings=evaluation.features.numpy(),
+            embedding_labels=evaluation.labels.numpy(),
+            notes=training.notes,
+        ),
+    )
+
+
+def _conclude(console: Console, results: dict[str, Any], folder: Path) -> None:
+    table = Table(title=f"test set, epoch {results['best_epoch']} (best on {results['selected_on']})")
+    shown = {
+        "balanced accuracy": results["balanced_accuracy"],
+        "harmonic mean": results["harmonic_mean"],
+        "many (> 100 images)": results["many"],
+        "medium (20 to 100)": results["medium"],
+        "few (< 20)": results["few"],
+        "worst class": results["worst_class"],
+        f"balanced accuracy, last epoch ({results['last_epoch']})": results["last_epoch_balanced_accuracy"],
+    }
+    table.add_column("")
+    table.add_column("accuracy", justify="right")
+    for name, value in shown.items():
+        table.add_row(name, "–" if value is None else f"{value:.1%}")
+    console.print(table)
+    console.print(f"report: {folder / 'report.html'}", highlight=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
