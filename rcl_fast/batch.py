@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +28,31 @@ def accumulation_dtype(batch: ContrastiveBatch) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+class _UnitRows(torch.autograd.Function):
+    """h = z / ‖z‖ by rows, whose gradient reads and writes each row once: dz = (dh − h (h·dh)) / ‖z‖."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        norms = norms.masked_fill(norms == 0, 1)
+        unit = rows / norms
+        ctx.save_for_backward(unit, norms)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        unit, norms = ctx.saved_tensors
+        return torch.addcmul(upstream, unit, row_products(unit, upstream), value=-1) / norms
+
+
 def unit_rows(rows: Tensor) -> Tensor:
     """h = z / ‖z‖ for each row of [R, D]; a zero row stays zero, with a finite gradient."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / norms.masked_fill(norms == 0, 1)
+    return _UnitRows.apply(rows)
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """The dot product of each pair of rows, [R, D] and [R, D] -> [R, 1], without a temporary of [R, D]."""
+    return torch.bmm(left[:, None], right[:, :, None])[:, 0]
 
 
 def anchors_and_prototypes(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
@@ -77,3 +98,11 @@ def own_class_log_weights(batch: ContrastiveBatch) -> Tensor:
     """What b gains on keys of the anchor's own class [N]: log count − log(count − 1), the anchor being left out."""
     count = keys_per_class(batch)[batch.labels].to(accumulation_dtype(batch))
     return torch.where(count > 1, count.log() - (count - 1).clamp(min=1).log(), 0.0)
+
+
+def ranks(labels: Tensor) -> Tensor:
+    """Any integers as class indices in [0, N), like `unique`'s inverse but without its host synchronisation."""
+    ordered, order = labels.long().sort()
+    is_next = torch.zeros_like(ordered)
+    is_next[1:] = (ordered[1:] != ordered[:-1]).long()
+    return torch.empty_like(ordered).scatter_(0, order, is_next.cumsum(0))

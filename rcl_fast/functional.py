@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rcl_fast import checks, reference
 from rcl_fast.backends import dense, tiled
-from rcl_fast.batch import ContrastiveBatch, positives_per_anchor
+from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, ranks
 
 BACKENDS = ("auto", "triton", "tiled", "dense", "reference")
 
@@ -155,7 +155,7 @@ def _checked_batch(
         labels = labels.long()
     else:
         num_classes = len(labels)
-        labels = _ranks(labels)
+        labels = ranks(labels)
     return ContrastiveBatch(
         features=features,
         labels=labels,
@@ -167,11 +167,3 @@ def _checked_batch(
         class_average=bool(class_average),
         normalize=bool(normalize),
     )
-
-
-def _ranks(labels: Tensor) -> Tensor:
-    """Any integers as class indices in [0, N), like `unique`'s inverse but without its host synchronisation."""
-    ordered, order = labels.long().sort()
-    is_next = torch.zeros_like(ordered)
-    is_next[1:] = (ordered[1:] != ordered[:-1]).long()
-    return torch.empty_like(ordered).scatter_(0, order, is_next.cumsum(0))

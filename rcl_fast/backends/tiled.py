@@ -18,6 +18,8 @@ from rcl_fast.batch import (
     class_log_weights,
     own_class_log_weights,
     positives_per_anchor,
+    ranks,
+    row_products,
 )
 
 # Bytes of one chunk of rows with its temporaries: a CPU wants it in cache, a GPU wants few launches.
@@ -28,7 +30,11 @@ def contrastive_loss(batch: ContrastiveBatch, chunk_bytes: int | None = None) ->
     """ℓ_i for each anchor [N]; 0 for an anchor without a positive."""
     anchors, prototypes = anchors_and_prototypes(batch)
     log_sum_exp = _LogSumExp.apply(anchors, prototypes, _tiling(batch, anchors, prototypes, chunk_bytes))
-    losses = log_sum_exp - _anchor_terms(batch, anchors, prototypes)
+    class_sums = _class_sums(anchors, ranks(batch.labels))
+    if len(prototypes):
+        class_sums = class_sums + prototypes[batch.labels]
+    positive_mean = row_products(anchors, class_sums - anchors).squeeze(1) / _positive_scale(batch).to(anchors.dtype)
+    losses = log_sum_exp - positive_mean - _anchor_log_counts(batch).to(anchors.dtype)
     return torch.where(positives_per_anchor(batch) > 0, losses, 0.0)
 
 
@@ -41,26 +47,27 @@ def weighted_contrastive_loss(batch: ContrastiveBatch, weights: Tensor, chunk_by
     if not torch.is_grad_enabled():
         return (weights * contrastive_loss(batch, chunk_bytes)).sum()
     anchors, prototypes = anchors_and_prototypes(batch)
-    weights = weights.double()  # two sums of N terms whose difference is wanted: float64 costs nothing here
-    log_sum_exp = _WeightedLogSumExp.apply(
-        anchors, prototypes, weights, _tiling(batch, anchors, prototypes, chunk_bytes)
-    )
-    terms = (weights * _anchor_terms(batch, anchors, prototypes)).sum()
-    return (log_sum_exp - terms).to(anchors.dtype)
+    weights = weights.double()  # sums of N terms whose small difference is wanted: float64 costs nothing here
+    tiling = _tiling(batch, anchors, prototypes, chunk_bytes)
+    loss = _WeightedLoss.apply(anchors, prototypes, weights, _positive_scale(batch), tiling)
+    return (loss - (weights * _anchor_log_counts(batch)).sum()).to(anchors.dtype)
 
 
-def _anchor_terms(batch: ContrastiveBatch, anchors: Tensor, prototypes: Tensor) -> Tensor:
-    """What ℓ_i takes from the log-sum-exp [N]: the mean of s_ip over the positives, and log n[y_i]."""
-    class_sums = anchors.new_zeros(batch.num_classes, anchors.shape[1])
-    class_sums = class_sums.index_add(0, batch.labels, anchors)
-    if len(prototypes):
-        class_sums = class_sums + prototypes
-    positive_sums = class_sums[batch.labels] - anchors  # the anchor is not its own positive
-    scale = batch.temperature * positives_per_anchor(batch).clamp(min=1).to(anchors.dtype)
-    terms = (anchors * positive_sums).sum(dim=1) / scale
-    if batch.class_counts is not None:
-        terms = terms + batch.class_counts.to(anchors.dtype).log()[batch.labels]
-    return terms
+def _class_sums(rows: Tensor, classes: Tensor) -> Tensor:
+    """For each row of [N, D] the sum of the rows of its class; classes [N] in [0, N)."""
+    return torch.zeros_like(rows).index_add(0, classes, rows)[classes]
+
+
+def _positive_scale(batch: ContrastiveBatch) -> Tensor:
+    """T · |P(i)|, float64 [N]; an anchor without a positive gets T."""
+    return batch.temperature * positives_per_anchor(batch).clamp(min=1).double()
+
+
+def _anchor_log_counts(batch: ContrastiveBatch) -> Tensor:
+    """log n[y_i], float64 [N]; 0 without rebalancing."""
+    if batch.class_counts is None:
+        return torch.zeros(len(batch.labels), dtype=torch.float64, device=batch.labels.device)
+    return batch.class_counts.double().log()[batch.labels]
 
 
 class _Tiling(NamedTuple):
@@ -76,14 +83,17 @@ class _Tiling(NamedTuple):
         for start in range(0, len(self.labels), self.rows):
             yield slice(start, min(start + self.rows, len(self.labels)))
 
-    def logits(self, chunk: slice, anchors: Tensor, keys: Tensor, key_log_weights: Tensor) -> Tensor:
+    def logits(self, chunk: slice, anchors: Tensor, prototypes: Tensor, key_log_weights: Tensor) -> Tensor:
         """s_ik + b_ik of a chunk's anchors with every key [rows, M], −inf where the key is the anchor itself."""
         N = len(self.labels)
-        logits = torch.addmm(key_log_weights, anchors[chunk] / self.temperature, keys.T)
+        rows = anchors[chunk] / self.temperature
+        logits = key_log_weights.repeat(len(rows), 1)
+        logits[:, :N].addmm_(rows, anchors.T)
+        logits[:, N:].addmm_(rows, prototypes.T)
         if self.own_log_weights is not None:
             own = self.own_log_weights[chunk, None]
             logits[:, :N] += (self.labels[chunk, None] == self.labels) * own
-            if len(keys) > N:
+            if len(prototypes):
                 logits[:, N:].scatter_add_(1, self.labels[chunk, None], own)
         logits[:, chunk].diagonal().fill_(-torch.inf)
         return logits
@@ -110,39 +120,53 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return exponentials, pivots, exponentials.sum(dim=1, keepdim=True)
 
 
-class _WeightedLogSumExp(torch.autograd.Function):
-    """Σ_i w_i lse_i, and its gradient in the same pass over the chunks."""
+class _WeightedLoss(torch.autograd.Function):
+    """Σ_i w_i (lse_i − mean of s_ip over the positives), and its gradient in the same pass over the chunks."""
 
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, prototypes: Tensor, weights: Tensor, tiling: _Tiling) -> Tensor:
-        keys = torch.cat([anchors, prototypes])
-        N = len(anchors)
-        # Keys whose gradient is wanted: all, or the anchors alone where the prototypes are frozen or absent.
-        wanted = len(keys) if ctx.needs_input_grad[1] else N
-        with_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        gradient = torch.zeros_like(keys[:wanted]) if with_gradient else None
+    def forward(
+        ctx: Any, anchors: Tensor, prototypes: Tensor, weights: Tensor, positive_scale: Tensor, tiling: _Tiling
+    ) -> Tensor:
+        N, labels = len(anchors), tiling.labels
+        for_anchors = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
+        for_prototypes = torch.zeros_like(prototypes) if ctx.needs_input_grad[1] else None
+
         total = weights.new_zeros(())
         for chunk in tiling.chunks():
-            exponentials, pivots, sums = _exponentials(tiling.logits(chunk, anchors, keys, tiling.key_log_weights))
+            logits = tiling.logits(chunk, anchors, prototypes, tiling.key_log_weights)
+            exponentials, pivots, sums = _exponentials(logits)
             # Without a key the sum is 0 and so is the weight: the clamp turns 0 · log 0 into 0.
             sums = sums.clamp(min=torch.finfo(sums.dtype).tiny)
-            total += (weights[chunk, None] * (sums.log() + pivots)).sum()
-            if gradient is not None:
-                scale = weights[chunk, None].to(sums.dtype) / (sums * tiling.temperature)
-                scaled = exponentials.mul_(scale)  # w_i p_ik / T
-                gradient[chunk].addmm_(scaled, keys)
-                gradient.addmm_(scaled[:, :wanted].T, anchors[chunk])
-        ctx.save_for_backward(gradient)
-        ctx.anchor_count = N
+            weight = weights[chunk, None]
+            total += (weight * (sums.log() + pivots)).sum()
+            gradients = exponentials.mul_(weight.to(sums.dtype) / (sums * tiling.temperature))  # w_i p_ik / T
+            to_anchors, to_prototypes = gradients[:, :N], gradients[:, N:]
+            if for_anchors is not None:
+                for_anchors[chunk].addmm_(to_anchors, anchors).addmm_(to_prototypes, prototypes)
+                for_anchors.addmm_(to_anchors.T, anchors[chunk])
+            if for_prototypes is not None:
+                for_prototypes.addmm_(to_prototypes.T, anchors[chunk])
+
+        classes = ranks(labels)
+        positives = _class_sums(anchors, classes).sub_(anchors)  # the anchor is not its own positive
+        if len(prototypes):
+            positives += prototypes[labels]
+        shares = weights / positive_scale  # of each positive's similarity in the total
+        total -= (shares * row_products(anchors, positives).squeeze(1)).sum()
+        shares = shares.to(anchors.dtype)[:, None]
+        shared = shares * anchors
+        if for_anchors is not None:
+            for_anchors.sub_(positives.mul_(shares)).sub_(_class_sums(shared, classes)).add_(shared)
+        if for_prototypes is not None:
+            for_prototypes.index_add_(0, labels, shared, alpha=-1)
+        ctx.save_for_backward(for_anchors, for_prototypes)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        gradient = gradient * upstream.to(gradient.dtype)
-        for_prototypes = gradient[ctx.anchor_count :] if ctx.needs_input_grad[1] else None
-        return gradient[: ctx.anchor_count], for_prototypes, None, None
+        gradients = (g if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        return (*gradients, None, None, None)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -150,10 +174,10 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, prototypes: Tensor, tiling: _Tiling) -> Tensor:
-        keys = torch.cat([anchors, prototypes])
         log_sum_exp = anchors.new_empty(len(anchors))
         for chunk in tiling.chunks():
-            _, pivots, sums = _exponentials(tiling.logits(chunk, anchors, keys, tiling.key_log_weights))
+            logits = tiling.logits(chunk, anchors, prototypes, tiling.key_log_weights)
+            _, pivots, sums = _exponentials(logits)
             log_sum_exp[chunk] = (sums.log() + pivots).squeeze(1)
         ctx.save_for_backward(anchors, prototypes, log_sum_exp)
         ctx.tiling = tiling
@@ -164,7 +188,6 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         anchors, prototypes, log_sum_exp = ctx.saved_tensors
         tiling: _Tiling = ctx.tiling
-        keys = torch.cat([anchors, prototypes])
         N = len(anchors)
         # An anchor without a key has an lse of −inf and logits of −inf: any finite pivot gives exp(−inf) = 0.
         log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0)
@@ -173,7 +196,7 @@ class _LogSumExp(torch.autograd.Function):
         for_prototypes = torch.zeros_like(prototypes) if ctx.needs_input_grad[1] else None
         for chunk in tiling.chunks():
             # s and the own-class gain are symmetric: with b of the other side they give G_ak and G_ka.
-            symmetric = tiling.logits(chunk, anchors, keys, no_weights)
+            symmetric = tiling.logits(chunk, anchors, prototypes, no_weights)
             columns = symmetric[:, :N] + tiling.key_log_weights[chunk, None]
             columns = columns.sub_(log_sum_exp).exp_().mul_(upstream)  # G_ka
             rows = symmetric.add_(tiling.key_log_weights)
@@ -181,5 +204,6 @@ class _LogSumExp(torch.autograd.Function):
             if for_prototypes is not None:
                 for_prototypes.addmm_(rows[:, N:].T, anchors[chunk], alpha=1 / tiling.temperature)
             rows[:, :N] += columns
-            for_anchors[chunk] = rows @ keys / tiling.temperature
+            own = (rows[:, :N] @ anchors).addmm_(rows[:, N:], prototypes)
+            for_anchors[chunk] = own / tiling.temperature
         return for_anchors, for_prototypes, None

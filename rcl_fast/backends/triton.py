@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -19,11 +20,29 @@ def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
 
     Raises:
         TypeError: float64 input, which the tiled backend takes.
+        ValueError: input on the CPU, where only Triton's interpreter runs kernels.
     """
+    return _outputs(batch)[0]
+
+
+def reduced_contrastive_loss(batch: ContrastiveBatch, reduction: str) -> Tensor:
+    """The "sum" of ℓ_i, or their "mean" over the anchors that have a positive, in as few launches as there can be."""
+    losses, _, _, vectors, _ = _outputs(batch)
+    total = losses.sum()  # an anchor without a positive adds 0
+    if reduction == "sum":
+        return total
+    keys_of_own_class = vectors[2, : losses.shape[0]]  # the anchor is one of them
+    return total / (keys_of_own_class > 1).sum().clamp(min=1)
+
+
+def _outputs(batch: ContrastiveBatch) -> tuple[Tensor, ...]:
+    """What `launch.forward` returns, the loss differentiable."""
     features, prototypes = batch.features, batch.prototypes
     dtype = features.dtype if prototypes is None else torch.promote_types(features.dtype, prototypes.dtype)
     if dtype == torch.float64:
         raise TypeError('the triton backend accumulates in float32; for float64 inputs use backend="tiled"')
+    if features.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError('the triton backend needs a GPU, and features are on the CPU; use backend="tiled" there')
     features = features.to(dtype).contiguous()
     if prototypes is not None:
         prototypes = prototypes.to(dtype).contiguous()
@@ -38,38 +57,52 @@ def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
         batch.class_average,
         batch.normalize,
     )
-    if _is_plain(features):
-        return _Loss.apply(*arguments)
-    return _forward_op(*arguments)[0]
+    return (_forward_op if _is_traced() else _Loss.apply)(*arguments)
 
 
-def _is_plain(features: Tensor) -> bool:
-    """Whether nothing traces, wraps or transforms this call, so that the dispatcher has nothing to add."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(features) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+def _is_traced() -> bool:
+    """Whether something looks at the call through the dispatcher: torch.compile, make_fx, fake tensors."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _Loss(torch.autograd.Function):
-    """The operator without the dispatcher's overhead, for eager calls."""
+    """The operator without the dispatcher's overhead; `torch.func` takes it too."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        outputs = launch.forward(*arguments)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return launch.forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        _save(ctx, arguments, outputs)
-        return outputs[0]
+        _save(ctx, inputs, output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 9
-        gradients = launch.backward(*_saved(ctx, upstream), *ctx.needs_input_grad[:2])
+        # Inside a transform the tensors are wrappers without memory; a Function takes the wrapping off.
+        backward = _Gradients.apply if torch._C._functorch.peek_interpreter_stack() else launch.backward
+        gradients = backward(*_saved(ctx, upstream), *ctx.needs_input_grad[:2])
         return *gradients, *(None,) * 7
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass under `torch.func`."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
+        return launch.backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.mark_non_differentiable(*(gradient for gradient in output if gradient is not None))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError("the triton backend is differentiable once; for a second derivative use backend='dense'")
 
 
 @torch.library.custom_op("rcl_fast::contrastive_loss", mutates_args=())
@@ -113,16 +146,14 @@ def _backward_op(
     lse: Tensor,
     upstream: Tensor,
     width: int,
-    temperature: float,
     class_average: bool,
     normalize: bool,
-    compressed: bool,
+    bounded: bool,
     for_features: bool,
     for_prototypes: bool,
 ) -> tuple[Tensor, Tensor]:
     gradients = launch.backward(
-        keys, vectors, key_labels, lse, upstream, width, temperature, class_average, normalize, compressed,
-        for_features, for_prototypes,
+        keys, vectors, key_labels, lse, upstream, width, class_average, normalize, bounded, for_features, for_prototypes
     )  # fmt: skip
     none = keys.new_empty(0, width)  # an operator has no optional output
     return tuple(none.clone() if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
@@ -136,10 +167,9 @@ def _(
     lse: Tensor,
     upstream: Tensor,
     width: int,
-    temperature: float,
     class_average: bool,
     normalize: bool,
-    compressed: bool,
+    bounded: bool,
     for_features: bool,
     for_prototypes: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -167,7 +197,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Non
     if not launch.must_pack(features, prototypes):
         keys = features
     ctx.save_for_backward(keys, vectors, key_labels, lse)
-    ctx.options = (features.shape[1], temperature, class_average, normalize, compression is not None)
+    bounded = launch.is_bounded(temperature, normalize, compression is not None)
+    ctx.options = (features.shape[1], class_average, normalize, bounded)
 
 
 def _saved(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,101 @@
+"""Losses against each other over several seeds, everything else held equal: runs, rows, and a table for the README.
+
+    python bench/compare.py                          digits_lt: bcl_rcl against plain cross-entropy, 3 seeds
+    python bench/compare.py --losses bcl scl         any others
+
+Each run is `train/run.py` with its recipe. The recipe's values for a loss (tau, alpha) come with it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+import tyro
+
+from rcl_fast.train import run
+from rcl_fast.train.config import parse
+
+SHOWN = {
+    "balanced_accuracy": "balanced accuracy",
+    "last_epoch_balanced_accuracy": "the same, last epoch",
+    "harmonic_mean": "harmonic mean",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+}
+
+
+@dataclass
+class Options:
+    """What to compare."""
+
+    dataset: str = "digits_lt"
+    """Data set and recipe."""
+    data: Path | None = None
+    """Folder of the data set, where it needs one."""
+    losses: tuple[str, ...] = ("ce", "logit_adjusted", "bcl_rcl")
+    """Losses, in the order of the table's rows."""
+    seeds: int = 3
+    """Seeds 0, 1, ... of each."""
+    epochs: int | None = None
+    """Epochs; None: the recipe's."""
+    output: Path | None = None
+    """File of JSON lines to append the rows to."""
+
+
+def main(options: Options) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(options.seeds):
+            for loss in options.losses:
+                rows.append(train(options, loss, seed, Path(folder) / f"{loss}-{seed}"))
+                if options.output is not None:
+                    with options.output.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+    print(table(rows))
+
+
+def train(options: Options, loss: str, seed: int, folder: Path) -> dict[str, Any]:
+    """One run; its row."""
+    arguments = ["--dataset", options.dataset, "--loss", loss, "--seed", str(seed), "--output", str(folder)]
+    if options.data is not None:
+        arguments += ["--data", str(options.data)]
+    if options.epochs is not None:
+        arguments += ["--epochs", str(options.epochs)]
+    run.run(parse(arguments))
+    results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    kept = (*SHOWN, "worst_class", "best_epoch", "last_epoch", "selected_on", "parameters", "images_per_second")
+    return {
+        "dataset": options.dataset,
+        "loss": loss,
+        "seed": seed,
+        **{k: results[k] for k in kept},
+        **machine.describe(),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean ± standard deviation over the seeds, in percent, as Markdown."""
+    lines = ["| loss | " + " | ".join(SHOWN.values()) + " |", "|---" * (1 + len(SHOWN)) + "|"]
+    for loss in dict.fromkeys(row["loss"] for row in rows):
+        cells = [spread([row[name] for row in rows if row["loss"] == loss]) for name in SHOWN]
+        lines.append(f"| `{loss}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float | None]) -> str:
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "–"
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return f"{statistics.mean(known):.1f} ± {deviation:.1f}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
