@@ -57,7 +57,6 @@ setup(
             "pytest-benchmark>=4.0",
             "ruff>=0.6",
             "mypy>=1.11",
-            "build>=1.2",  # the packaging test builds the wheel as a user's pip would
         ],
     },
     entry_points={"console_scripts": ["rcl-train = rcl_fast.train.run:main"]},

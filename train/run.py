@@ -154,7 +154,7 @@ def _results(
     results = {
         **metrics.summary(best.confusion, training.class_counts),
         "per_class_accuracy": [None if value != value else value for value in class_accuracy.tolist()],
-        "best_epoch": training.best_epoch,
+        "best_epoch": training.best_epoch or None,
         "last_epoch": training.epoch,
         "last_epoch_balanced_accuracy": metrics.summary(last.confusion, training.class_counts)["balanced_accuracy"],
         "selected_on": splits.selected_on,
@@ -200,7 +200,8 @@ def _write_results(
 
 
 def _conclude(console: Console, results: dict[str, Any], folder: Path) -> None:
-    table = Table(title=f"test set, epoch {results['best_epoch']} (best on {results['selected_on']})")
+    which = f"epoch {results['best_epoch']}, selected on {results['selected_on']}"
+    table = Table(title=f"test set, {which if results['best_epoch'] else 'untrained'}")
     shown = {
         "balanced accuracy": results["balanced_accuracy"],
         "harmonic mean": results["harmonic_mean"],

@@ -45,7 +45,8 @@ def weighted_contrastive_loss(batch: ContrastiveBatch, weights: Tensor, chunk_by
     computed twice.
     """
     if not torch.is_grad_enabled():
-        return (weights * contrastive_loss(batch, chunk_bytes)).sum()
+        losses = contrastive_loss(batch, chunk_bytes)
+        return (weights * losses).sum().to(losses.dtype)
     anchors, prototypes = anchors_and_prototypes(batch)
     weights = weights.double()  # sums of N terms whose small difference is wanted: float64 costs nothing here
     tiling = _tiling(batch, anchors, prototypes, chunk_bytes)
