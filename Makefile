@@ -3,13 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.9
 
-.PHONY: train test check types lock bench
+.PHONY: train test test-latest check types lock bench
 
 train: .venv/installed
 	$(BIN)/python train/run.py $(ARGS)
 
 test: .venv/installed check types
 	$(BIN)/python -m pytest $(ARGS)
+
+# The loss and its kernels with the newest PyTorch and Triton of PyPI, in a second environment (a few GB).
+test-latest:
+	@test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	@.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
+	@.venv-latest/bin/uv pip install --quiet --python .venv-latest/bin/python --upgrade torch torchvision triton --editable '.[dev]'
+	.venv-latest/bin/python -m pytest tests/rcl_fast tests/kernels $(ARGS)
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -25,8 +32,8 @@ bench: .venv/installed
 	$(BIN)/python bench/loss.py $(ARGS)
 
 # Exact versions from PyPI, no addresses; `make lock` after a change of setup.py or requirements.in.
-lock:
-	$(PYTHON) -m uv pip compile requirements.in setup.py --extra train --extra dali --extra dev --universal \
+lock: .venv/installed
+	$(BIN)/uv pip compile requirements.in setup.py --extra train --extra dali --extra dev --universal \
 		--python-version 3.10 --no-header --no-annotate --quiet --upgrade --output-file requirements.lock
 
 .venv/installed: requirements.lock setup.py pyproject.toml

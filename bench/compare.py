@@ -1,9 +1,9 @@
-"""Losses against each other over several seeds, everything else held equal: runs, rows, and a table for the README.
+"""Losses against each other over several seeds, each with its recipe's values: runs, rows, and a table for the README.
 
-    python bench/compare.py                          digits_lt: bcl_rcl against plain cross-entropy, 3 seeds
+    python bench/compare.py                          digits_lt: bcl_rcl against cross-entropy, 3 seeds
     python bench/compare.py --losses bcl scl         any others
 
-Each run is `train/run.py` with its recipe. The recipe's values for a loss (tau, alpha) come with it.
+Each run is `train/run.py` with its recipe, whose alpha and tau depend on the loss: not everything else is held equal.
 """
 
 from __future__ import annotations

@@ -94,6 +94,7 @@ def variants(case: Case, peer: Path | None) -> dict[str, Variant]:
     if peer is not None:
         found["published"] = published(peer, case)
     found["dense"] = ours("dense")
+    found["tiled, per anchor"] = ours_per_anchor("tiled")
     found["tiled"] = ours("tiled")
     found["three products"] = three_products
     return found
@@ -105,6 +106,25 @@ def ours(backend: str) -> Variant:
         contrastive_loss(
             features, labels, prototypes=prototypes, temperature=0.1, class_average=True, backend=backend
         ).backward()
+
+    return run
+
+
+def ours_per_anchor(backend: str) -> Variant:
+    """Through reduction="none", whose upstream gradient is not known before backward."""
+
+    def run(inputs: Inputs) -> None:
+        features, labels, prototypes = inputs
+        losses = contrastive_loss(
+            features,
+            labels,
+            prototypes=prototypes,
+            temperature=0.1,
+            class_average=True,
+            backend=backend,
+            reduction="none",
+        )
+        losses.mean().backward()
 
     return run
 

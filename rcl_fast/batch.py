@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,17 @@ def accumulation_dtype(batch: ContrastiveBatch) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a backward(ctx, upstream): users call it inside autocast too, which would round its products to 16 bits."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, upstream: Tensor) -> Any:
+        with torch.autocast(upstream.device.type, enabled=False):
+            return backward(ctx, upstream)
+
+    return wrapped
+
+
 class _UnitRows(torch.autograd.Function):
     """h = z / ‖z‖ by rows, whose gradient reads and writes each row once: dz = (dh − h (h·dh)) / ‖z‖."""
 
@@ -40,6 +53,7 @@ class _UnitRows(torch.autograd.Function):
         return unit
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
         unit, norms = ctx.saved_tensors
         return torch.addcmul(upstream, unit, row_products(unit, upstream), value=-1) / norms

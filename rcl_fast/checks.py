@@ -56,6 +56,7 @@ def check_label_values(labels: Tensor, num_classes: int, validate: bool = False)
     """Each label in [0, num_classes)."""
     if not _values_can_be_read(labels, validate) or not labels.numel():
         return
+    labels = labels.long()  # unsigned integers have no minimum in PyTorch
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
@@ -150,7 +151,9 @@ def _check_class_vector(name: str, values: Tensor) -> None:
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, features on {device}; move it with {name}.to({str(device)!r})")
+        raise ValueError(
+            f"{name} is on {tensor.device}, features on {device}; move it, or its module, by .to({str(device)!r})"
+        )
 
 
 def _values_can_be_read(tensor: Tensor, validate: bool) -> bool:

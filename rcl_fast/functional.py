@@ -55,7 +55,7 @@ def contrastive_loss(
         compression: [C] factor on the unit features and prototypes of each class (section 3.3.2).
         normalize: divide features and prototypes by their length; False where they already have unit length.
         reduction: "mean" over the anchors that have a positive, "sum", or "none": [N], 0 without a positive.
-        backend: "auto", "tiled" (any device, no N×M memory), "dense" (plain PyTorch), "reference" (float64 oracle).
+        backend: "auto", "tiled" (CPU and CUDA, no N×M memory), "dense" (plain PyTorch), "reference" (float64 oracle).
         group: reserved for the loss over all processes.
         validate: check also the values of tensors on a GPU, which costs a synchronisation.
 

@@ -27,7 +27,7 @@ class PrototypeHead(ProjectionHead):
 
 
 class CosineClassifier(nn.Module):
-    """scale · cos(feature, weight_j): features [N, d] -> logits [N, C], both sides normalised, no bias."""
+    """scale · cos(feature, weight_j): features [N, d] -> float32 logits [N, C], both sides normalised, no bias."""
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 30.0) -> None:
         super().__init__()
@@ -36,4 +36,6 @@ class CosineClassifier(nn.Module):
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+        # In 16 bits logits near the scale are so coarse that many classes tie.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.scale * F.linear(F.normalize(features.float(), dim=1), F.normalize(self.weight.float(), dim=1))

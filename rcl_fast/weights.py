@@ -30,9 +30,11 @@ def compression_factors(
     """Factor of each class on its unit features, float32 [C] (paper, section 3.3.2).
 
     Args:
-        class_accuracy: [C] fractions in [0, 1], on the validation set.
+        class_accuracy: [C] fractions in [0, 1], on the validation set; NaN for a class without images there, which
+            keeps 1.
         under: the factor of classes whose accuracy is below `threshold`; `rest`: that of all others. The defaults
             are the numbers of section 4.3, which made the paper's tables; the text of section 3.3.2 reads
             under=0.005, rest=1.
     """
-    return torch.where(class_accuracy < threshold, float(under), float(rest)).float()
+    factors = torch.where(class_accuracy < threshold, float(under), float(rest)).float()
+    return factors.masked_fill(class_accuracy.isnan(), 1.0)

@@ -19,6 +19,7 @@ def test_the_loss_in_a_loop_of_ones_own() -> None:
     assert len(lines) <= 6
     names = {
         "class_counts": [9, 4, 2],
+        "device": "cpu",
         "loader": [(torch.randn(4, 2, 3, 8, 8), torch.tensor([0, 1, 2, 0]))],
         "backbone": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         "head": nn.Linear(3, 5),

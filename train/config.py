@@ -137,7 +137,7 @@ class RunOptions:
     output: Path | None = None
     """Folder of the results; by default runs/DATASET-LOSS-ARCH-TIME."""
     resume: Path | None = None
-    """Folder of an earlier run to go on with; its configuration becomes the default of every option."""
+    """Folder of an earlier run to go on with, as it was; only --data, --workers and machine options may change."""
 
 
 @dataclass(frozen=True)
@@ -182,20 +182,18 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     check(config)
+    if chosen.resume:
+        check_resumable(defaults, config)
     return config
 
 
 _DESCRIPTION = """Train a long-tailed classifier with supervised contrastive losses.
 
 Examples:
-
-  train/run.py                                             handwritten digits, a minute on a laptop
-
-  train/run.py --dataset imagenet_lt --arch resnext50 --data DIR      the paper's main job
-
-  train/run.py --dataset folder --data DIR --loss bcl_rcl      your own images
-
-  train/run.py --resume runs/RUN                           go on after an interruption
+  train/run.py                                                      handwritten digits, a minute on a laptop
+  train/run.py --dataset imagenet_lt --arch resnext50 --data DIR    the paper's main job
+  train/run.py --dataset folder --data DIR --loss bcl_rcl           your own images
+  train/run.py --resume runs/RUN                                    go on after an interruption
 
 The defaults shown are those of the recipe of --dataset and --loss: try --dataset cifar100_lt --help."""
 
@@ -219,6 +217,23 @@ def saved_config(run: Path) -> Config:
         raise SystemExit(f"--resume {run}: no config.json there; give the folder of an earlier run, like runs/NAME")
     config = from_dict(json.loads(path.read_text(encoding="utf-8")))
     return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=run, output=run))
+
+
+# What a resumed run may change: where things are and how they are computed, not what is computed.
+RESUMABLE = {"data": {"data", "workers"}, "run": {"device", "precision", "channels_last", "compile"}}
+
+
+def check_resumable(saved: Config, config: Config) -> None:
+    """Raises SystemExit where a resumed run would no longer be the run that it goes on with."""
+    before, after = saved.to_dict(), config.to_dict()
+    changed = [
+        f"--{name.replace('_', '-')} (was {before[section][name]}, now {value})"
+        for section, options in after.items()
+        for name, value in options.items()
+        if value != before[section][name] and name not in RESUMABLE.get(section, set())
+    ]
+    if changed:
+        raise SystemExit(f"--resume goes on with the run as it was; start a new run to change {', '.join(changed)}")
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:

@@ -42,7 +42,8 @@ class Training:
     optimizer: SGD
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
-    class_counts: Tensor  # int64 [C]
+    class_counts: Tensor  # int64 [C], what is trained on
+    group_counts: Tensor  # int64 [C], with what is held out: they part many, medium and few
     epoch: int = 0  # epochs done
     best_epoch: int = 0  # from 1; 0: none yet
     best_accuracy: float = -1.0
@@ -53,7 +54,6 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         contrastive = self.objective.contrastive
         return {
-            "arch": self.config.model.arch,
             "class_counts": self.class_counts,
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
@@ -72,12 +72,10 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; raises SystemExit where it is of another network or data set."""
-        if state["arch"] != self.config.model.arch:
-            raise SystemExit(f"the checkpoint is of --arch {state['arch']}, this run of {self.config.model.arch}")
         if not torch.equal(state["class_counts"], self.class_counts):
             raise SystemExit(
                 f"the checkpoint's training set ({_describe_counts(state['class_counts'])}) is not this run's "
-                f"({_describe_counts(self.class_counts)}); resume with the same data, seed and --validate-on"
+                f"({_describe_counts(self.class_counts)}): the data set has changed on disk"
             )
         try:
             self.model.load_state_dict(state["model"])
@@ -88,7 +86,8 @@ class Training:
             self.objective.contrastive.set_compression(state["compression"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run had no fp16, perhaps on another machine
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_epoch, self.best_accuracy = state["epoch"], state["best_epoch"], state["best_accuracy"]
         self.history, self.notes, self.class_accuracy = state["history"], state["notes"], state["class_accuracy"]
         torch.set_rng_state(state["random_state"])
@@ -114,6 +113,7 @@ def start(config: Config, splits: Splits, machine: Machine) -> Training:
         schedule=build_schedule(config.optimization, optimizer),
         scaler=machine.grad_scaler(),
         class_counts=class_counts,
+        group_counts=torch.as_tensor(splits.published_counts),
     )
 
 
@@ -121,23 +121,30 @@ def fit(training: Training, training_loader: Loader, validation_loader: Loader, 
     """Train to the last epoch; after each, validate and write last.pt, best.pt where it is the best, and the log.
 
     A KeyboardInterrupt passes through; the checkpoints are then those of the last whole epoch.
+
+    Raises:
+        NonFiniteLoss, BadImage: last.pt is then that of the epoch before.
     """
     checkpoints.save(folder / checkpoints.LAST, training.state_dict())
+    if 0 < training.best_epoch == training.epoch:
+        checkpoints.save(folder / checkpoints.BEST, training.state_dict())  # a stop may have come between the two
     while training.epoch < training.config.optimization.epochs:
         _begin_epoch(training, log)
         row = {"epoch": training.epoch + 1, "learning_rate": training.optimizer.param_groups[0]["lr"]}
         row.update(train_epoch(training, training_loader, log))
+        _check_weights(training)
         training.schedule.step()
         evaluation = evaluate(training.model, validation_loader, len(training.class_counts), training.machine)
         training.class_accuracy = metrics.per_class_accuracy(evaluation.confusion)
-        row.update(metrics.summary(evaluation.confusion, training.class_counts))
+        row.update(metrics.summary(evaluation.confusion, training.group_counts))
         training.epoch += 1
         training.history.append(row)
         is_best = row["balanced_accuracy"] > training.best_accuracy
         if is_best:
             training.best_epoch, training.best_accuracy = training.epoch, row["balanced_accuracy"]
-            checkpoints.save(folder / checkpoints.BEST, training.state_dict())
         checkpoints.save(folder / checkpoints.LAST, training.state_dict())
+        if is_best:
+            checkpoints.save(folder / checkpoints.BEST, training.state_dict())
         log.epoch_ended(training.history, is_best)
 
 
@@ -149,6 +156,18 @@ def _begin_epoch(training: Training, log: RunLog) -> None:
     cross_entropy = training.objective.cross_entropy
     if isinstance(cross_entropy, LDAM) and reweights(training.config, training.epoch):
         cross_entropy.reweight()
+
+
+def _check_weights(training: Training) -> None:
+    """A finite loss can still have a gradient that is not; raises NonFiniteLoss."""
+    weights = [tensor for tensor in training.model.state_dict().values() if tensor.is_floating_point()]
+    if not torch.stack([tensor.isfinite().all() for tensor in weights]).all():
+        raise NonFiniteLoss(
+            f"the weights are not finite after epoch {training.epoch + 1}, though its losses are. {_ADVICE}"
+        )
+
+
+_ADVICE = "A lower --lr, more --warmup-epochs or --precision fp32 often help."
 
 
 def train_epoch(training: Training, loader: Loader, log: RunLog) -> dict[str, float]:
@@ -231,7 +250,7 @@ def _describe_batch(values: dict[str, float], batch: Batch, epoch: int) -> str:
         f"the loss is not finite in epoch {epoch + 1}: {parts}. The batch: {len(batch['label'])} images of "
         f"{len(labels)} classes (most: class {labels[counts.argmax()].item()}, {counts.max().item()} times); pixel "
         f"ranges {images}; positions in the training set {batch['index'].tolist()}. "
-        "A lower --lr, more --warmup-epochs or --precision fp32 often help."
+        f"{_ADVICE}"
     )
 
 

@@ -32,12 +32,12 @@ def evaluate(
     for batch in loader.epoch(0):
         labels = machine.labels(batch["label"])
         with machine.autocast():
-            features = model.backbone(machine.images(batch["x1"]))
-            predictions = model.classifier(features).argmax(dim=1)
+            features = model.backbone(machine.images(batch["x1"])).float()
+        predictions = model.classifier(features).argmax(dim=1)  # in float32: 16-bit logits tie
         confusion += confusion_matrix(labels, predictions, num_classes)
         if pictured is not None:
             keep = pictured[batch["index"]]
-            features_kept.append(features.float().cpu()[keep])
+            features_kept.append(features.cpu()[keep])
             labels_kept.append(batch["label"][keep])
     return Evaluation(confusion.cpu(), torch.cat(features_kept[1:] or features_kept), torch.cat(labels_kept))
 

@@ -77,7 +77,8 @@ def _timm_backbone(name: str) -> tuple[nn.Module, int]:
             f"--arch timm/{name}: timm {timm.__version__} has no such model; similar: {', '.join(similar)}"
         )
     network: Any = timm.create_model(name, pretrained=False, num_classes=0)
-    return network, network.num_features
+    # Some families put a hidden layer behind the pooling, which is then the width of the output.
+    return network, getattr(network, "head_hidden_size", None) or network.num_features
 
 
 class ResNet32(nn.Module):

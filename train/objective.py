@@ -85,6 +85,7 @@ def compress(objective: Objective, class_accuracy: Tensor) -> str:
     assert objective.contrastive is not None
     options = objective.options
     failing = int((class_accuracy < options.compression_threshold).sum())
+    unknown = int(class_accuracy.isnan().sum())
     objective.contrastive.set_compression(
         compression_factors(
             class_accuracy,
@@ -95,8 +96,8 @@ def compress(objective: Objective, class_accuracy: Tensor) -> str:
     )
     return (
         f"{failing} of {len(class_accuracy)} classes are under {options.compression_threshold:.0%} on validation and "
-        f"get the compression factor {options.compression_under:g}; the other {len(class_accuracy) - failing} get "
-        f"{options.compression_rest:g}"
+        f"get the compression factor {options.compression_under:g}; {len(class_accuracy) - failing - unknown} others "
+        f"get {options.compression_rest:g}" + (f"; {unknown} without a validation image keep 1" if unknown else "")
     )
 
 

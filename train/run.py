@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -53,11 +54,17 @@ def run(settings: Config) -> Path:
             engine.fit(training, *_loaders(settings, splits, machine), folder, log)
         except KeyboardInterrupt:
             interrupted = True
+            training.load_state_dict(checkpoints.load(folder / checkpoints.LAST))  # as the last whole epoch left it
             log.say(f"interrupted; writing the report of {training.epoch} epochs (Ctrl-C again leaves without it)")
         except (NonFiniteLoss, BadImage) as error:
             raise SystemExit(f"{error}\nThe last good checkpoint is {folder / checkpoints.LAST}") from error
-    results, evaluation = _results(settings, splits, training, folder, interrupted)
-    _write_results(settings, splits, training, folder, results, evaluation)
+    try:
+        results, evaluation = _results(settings, splits, training, folder, interrupted)
+        _write_results(settings, splits, training, folder, results, evaluation)
+    except KeyboardInterrupt:
+        raise SystemExit(f"left without a report; --resume {folder} makes it") from None
+    except BadImage as error:
+        raise SystemExit(f"{error}\nTraining is done: mend this, then --resume {folder} tests and reports") from error
     _conclude(console, results, folder)
     return folder
 
@@ -77,7 +84,7 @@ def _load_splits(settings: Config, console: Console) -> Splits:
                 seed=settings.run.seed,
             )
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--dataset {data.dataset}: {error}") from error
+        raise SystemExit(str(error)) from error
     for warning in caught:
         console.print(f"note: {warning.message}", highlight=False)
     return splits
@@ -107,16 +114,31 @@ def _evaluation_loader(settings: Config, samples: Samples, machine: Machine) -> 
 
 def _prepare_folder(settings: Config) -> Path:
     """Make the folder of the results and write the resolved configuration there; never write over another run."""
-    name = f"{settings.data.dataset}-{settings.loss.loss}-{settings.model.arch}".replace("/", "-")
-    folder = settings.run.output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (folder / "config.json").exists() and settings.run.resume is None:
+    folder = settings.run.output
+    if folder is not None and (folder / checkpoints.LAST).exists() and settings.run.resume is None:
         raise SystemExit(f"--output {folder} already holds a run: go on with --resume {folder}, or name another folder")
     try:
+        if folder is None:
+            folder = _new_folder(settings)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
     except OSError as error:
-        raise SystemExit(f"--output {folder} can't be written: {error}") from error
+        raise SystemExit(f"the results can't be written ({error}); choose another folder with --output") from error
     return folder
+
+
+def _new_folder(settings: Config) -> Path:
+    """runs/DATASET-LOSS-ARCH-TIME, with a number where another run of this second has it."""
+    name = f"{settings.data.dataset}-{settings.loss.loss}-{settings.model.arch}".replace("/", "-")
+    base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
 
 
 def _introduce(console: Console, settings: Config, splits: Splits, training: Training, folder: Path) -> None:
@@ -152,16 +174,18 @@ def _results(
     class_accuracy = metrics.per_class_accuracy(best.confusion)
     rates = sorted(row["images_per_second"] for row in training.history)
     results = {
-        **metrics.summary(best.confusion, training.class_counts),
+        **metrics.summary(best.confusion, training.group_counts),
         "per_class_accuracy": [None if value != value else value for value in class_accuracy.tolist()],
         "best_epoch": training.best_epoch or None,
         "last_epoch": training.epoch,
-        "last_epoch_balanced_accuracy": metrics.summary(last.confusion, training.class_counts)["balanced_accuracy"],
+        "last_epoch_balanced_accuracy": metrics.summary(last.confusion, training.group_counts)["balanced_accuracy"],
         "selected_on": splits.selected_on,
         "parameters": _parameters(training.model.backbone, training.model.classifier),
         "parameters_with_heads": _parameters(training.model),
         "images_per_second": rates[len(rates) // 2] if rates else None,
         "interrupted": interrupted,
+        "device": training.machine.device.type,
+        "precision": training.machine.precision,
         "seed": settings.run.seed,
         "loss": settings.loss.loss,
     }
@@ -190,7 +214,7 @@ def _write_results(
             metrics=results,
             history=training.history,
             class_names=splits.class_names,
-            class_counts=training.class_counts.tolist(),
+            class_counts=training.group_counts.tolist(),
             confusion=evaluation.confusion.numpy(),
             embeddings=evaluation.features.numpy(),
             embedding_labels=evaluation.labels.numpy(),

@@ -1,4 +1,4 @@
-"""The loss in chunks of rows: O((N + C)·D) memory and one chunk, on any device; the fastest way on a CPU.
+"""The loss in chunks of rows: O((N + C)·D) memory and one chunk, on CPU and CUDA; the fastest way on a CPU.
 
 Only the log-sum-exp needs the N×M similarities; the mean over the positives comes from one sum of features a class.
 The mathematics is in README.md beside this file.
@@ -20,6 +20,7 @@ from rcl_fast.batch import (
     positives_per_anchor,
     ranks,
     row_products,
+    without_autocast,
 )
 
 # Bytes of one chunk of rows with its temporaries: a CPU wants it in cache, a GPU wants few launches.
@@ -33,7 +34,9 @@ def contrastive_loss(batch: ContrastiveBatch, chunk_bytes: int | None = None) ->
     class_sums = _class_sums(anchors, ranks(batch.labels))
     if len(prototypes):
         class_sums = class_sums + prototypes[batch.labels]
-    positive_mean = row_products(anchors, class_sums - anchors).squeeze(1) / _positive_scale(batch).to(anchors.dtype)
+    # Not a matrix product: autograd would run its backward in 16 bits where users call that inside autocast.
+    similarity_sums = (anchors * (class_sums - anchors)).sum(dim=1)
+    positive_mean = similarity_sums / _positive_scale(batch).to(anchors.dtype)
     losses = log_sum_exp - positive_mean - _anchor_log_counts(batch).to(anchors.dtype)
     return torch.where(positives_per_anchor(batch) > 0, losses, 0.0)
 
@@ -164,6 +167,7 @@ class _WeightedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @without_autocast
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (g if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
@@ -185,6 +189,7 @@ class _LogSumExp(torch.autograd.Function):
         return log_sum_exp
 
     @staticmethod
+    @without_autocast
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         anchors, prototypes, log_sum_exp = ctx.saved_tensors

@@ -26,3 +26,12 @@ def test_cosine_classifier_is_bounded_by_its_scale_and_blind_to_length() -> None
     torch.testing.assert_close(logits, 30 * F.cosine_similarity(features[:, None], classifier.weight[None], dim=2))
     torch.testing.assert_close(logits, classifier(100 * features))
     assert logits.abs().max() <= 30
+
+
+def test_cosine_logits_are_float32_under_autocast() -> None:
+    classifier = CosineClassifier(16, 5)
+    features = torch.randn(7, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(classifier(features), classifier(features.double().float()))
+        assert classifier(features.bfloat16()).dtype == torch.float32
+        assert classifier(torch.zeros(1, 16).half()).isfinite().all()

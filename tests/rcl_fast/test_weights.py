@@ -20,6 +20,6 @@ def test_effective_numbers_by_hand() -> None:
 
 def test_the_two_readings_of_compression() -> None:
     accuracy = torch.tensor([0.0, 0.19, 0.2, 0.9, float("nan")])
-    assert compression_factors(accuracy).tolist() == pytest.approx([1, 1, 0.005, 0.005, 0.005])
+    assert compression_factors(accuracy).tolist() == pytest.approx([1, 1, 0.005, 0.005, 1])
     other = compression_factors(accuracy, under=0.005, rest=1.0)
     assert other.tolist() == pytest.approx([0.005, 0.005, 1, 1, 1])

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from rcl_fast.train import config
-from rcl_fast.train.config import Dataset, Loss, parse, recipe
+from rcl_fast.train.config import Config, Dataset, Loss, parse, recipe
 
 
 @pytest.mark.parametrize("dataset", get_args(Dataset))
@@ -108,9 +108,34 @@ def test_an_unknown_name_in_a_recipe_is_an_error() -> None:
         config.from_dict({"optimizer": {}})
 
 
-def test_resuming_takes_the_earlier_configuration(tmp_path: Path) -> None:
+@pytest.fixture
+def earlier(tmp_path: Path) -> tuple[Path, Config]:
     saved = parse(["--loss", "scl", "--epochs", "7", "--output", str(tmp_path)])
     (tmp_path / "config.json").write_text(json.dumps(saved.to_dict()))
-    found = parse(["--resume", str(tmp_path), "--epochs", "9"])
-    assert (found.loss, found.optimization.epochs) == (saved.loss, 9)
-    assert found.run.resume == found.run.output == tmp_path
+    return tmp_path, saved
+
+
+def test_resuming_takes_the_earlier_configuration(earlier: tuple[Path, Config]) -> None:
+    folder, saved = earlier
+    found = parse(["--resume", str(folder), "--workers", "0", "--precision", "bf16"])
+    assert (found.loss, found.optimization, found.views) == (saved.loss, saved.optimization, saved.views)
+    assert (found.data.workers, found.run.precision) == (0, "bf16")
+    assert found.run.resume == found.run.output == folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--epochs", "9"], r"--epochs \(was 7, now 9\)"),
+        (["--lr", "0.5"], "--lr"),
+        (["--loss", "bcl"], "--loss"),
+        (["--seed", "1"], r"--seed \(was 0, now 1\)"),
+        (["--imbalance", "5"], "--imbalance"),
+        (["--arch", "resnet50"], "--arch"),
+        (["--output", "elsewhere"], "--output"),
+        (["--no-compression"], "--compression"),
+    ],
+)
+def test_a_resumed_run_stays_the_run_it_was(earlier: tuple[Path, Config], change: list[str], said: str) -> None:
+    with pytest.raises(SystemExit, match=f"start a new run to change .*{said}"):
+        parse(["--resume", str(earlier[0]), *change])

@@ -32,8 +32,9 @@ def test_imagenet_backbones(arch: str, expected: int) -> None:
 
 
 def test_timm_backbones_by_name() -> None:
-    backbone, width = build_backbone("timm/resnet10t")
-    assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, width)
+    for name in ("resnet10t", "mobilenetv3_small_050"):  # the second has a layer behind its pooling
+        backbone, width = build_backbone(f"timm/{name}")
+        assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, width)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "timm/resnet_fifty"])

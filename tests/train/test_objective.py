@@ -59,9 +59,9 @@ def test_compression_waits_for_a_first_validation() -> None:
 def test_both_readings_of_compression_and_their_log(under: float, rest: float) -> None:
     objective = Objective(config("bcl_rcl", compression_under=under, compression_rest=rest), COUNTS)
     note = compress(objective, torch.tensor([0.9, 0.1, float("nan")]))
-    assert objective.contrastive.compression.tolist() == pytest.approx([rest, under, rest])
+    assert objective.contrastive.compression.tolist() == pytest.approx([rest, under, 1])
     assert "1 of 3 classes are under 20% on validation" in note
-    assert f"factor {under:g}; the other 2 get {rest:g}" in note
+    assert f"factor {under:g}; 1 others get {rest:g}; 1 without a validation image keep 1" in note
 
 
 def test_deferred_reweighting_starts_at_its_share_of_the_epochs() -> None:

@@ -120,16 +120,85 @@ def test_another_run_is_never_written_over(finished: Path) -> None:
         run.run(configure(finished))
 
 
-def test_resuming_with_other_data_or_another_network_is_refused(finished: Path) -> None:
-    before = (finished / checkpoints.LAST).read_bytes()
-    for arguments, said in [
-        (["--imbalance", "5"], "training set .* is not this run's"),
-        (["--arch", "resnet50"], "the checkpoint is of --arch resnet32"),
-        (["--head-out", "32"], "does not fit this network"),
-    ]:
-        with pytest.raises(SystemExit, match=said):
-            run.run(parse(["--resume", str(finished), *arguments]))
-    assert (finished / checkpoints.LAST).read_bytes() == before
+def test_resuming_after_the_data_changed_on_disk_is_refused(tmp_path: Path) -> None:
+    write_image_lists(tmp_path)
+    folder = run.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path)))
+    before = (folder / checkpoints.LAST).read_bytes()
+    train_list = tmp_path / "ImageNet_LT_train.txt"
+    train_list.write_text("".join(train_list.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(SystemExit, match=r"12 images of 3 classes\) is not this run's \(11 images"):
+        run.run(parse(["--resume", str(folder)]))
+    assert (folder / checkpoints.LAST).read_bytes() == before
+
+
+def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step's loss is finite and its update is not."""
+    epoch = engine.train_epoch
+
+    def diverging(training: engine.Training, *arguments: object) -> dict:
+        row = epoch(training, *arguments)
+        if training.epoch == 1:
+            with torch.no_grad():
+                training.model.classifier.weight[0, 0] = float("inf")
+        return row
+
+    monkeypatch.setattr(engine, "train_epoch", diverging)
+    with pytest.raises(SystemExit, match=r"weights are not finite after epoch 2.*\n.*last\.pt"):
+        run.run(configure(tmp_path / "run", "--epochs", "3"))
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("interrupted", [checkpoints.LAST, checkpoints.BEST])
+def test_ctrl_c_while_a_checkpoint_is_written_reports_what_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    save = checkpoints.save
+
+    def interrupting(path: Path, state: dict) -> None:
+        if path.name == interrupted and state["epoch"] == 1:
+            raise KeyboardInterrupt
+        save(path, state)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", interrupting)
+        run.run(configure(folder, "--epochs", "2"))
+    on_disk = checkpoints.load(folder / checkpoints.LAST)["epoch"]
+    assert metrics(folder)["last_epoch"] == on_disk == (0 if interrupted == checkpoints.LAST else 1)
+    run.run(parse(["--resume", str(folder)]))
+    assert checkpoints.load(folder / checkpoints.BEST)["epoch"] == metrics(folder)["best_epoch"]
+
+
+def test_a_bad_test_image_loses_no_training(tmp_path: Path) -> None:
+    write_image_lists(tmp_path)
+    (tmp_path / "ImageNet_LT_test.txt").write_text("missing.png 0\n")
+    with pytest.raises(SystemExit, match=r"(?s)missing\.png .*Training is done: mend this, then --resume"):
+        run.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path)))
+    (tmp_path / "ImageNet_LT_test.txt").write_text("images/n000 é/0.png 0\n")
+    run.run(parse(["--resume", str(tmp_path / "run")]))
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_images_of_another_size_are_named(tmp_path: Path) -> None:
+    write_image_lists(tmp_path)
+    with pytest.raises(SystemExit, match=r"line 1\): it has 50x40 pixels, and --evaluation as_is expects 32x32"):
+        run.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path), "--evaluation", "as_is"))
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.time, "strftime", lambda _: "20260101-000000")
+    settings = parse([])
+    assert [run._prepare_folder(settings).name for _ in range(2)] == [
+        "digits_lt-bcl_rcl-resnet32-20260101-000000",
+        "digits_lt-bcl_rcl-resnet32-20260101-000000-2",
+    ]
+
+
+def test_a_run_started_in_fp32_goes_on_in_fp16(tmp_path: Path) -> None:
+    folder = run.run(configure(tmp_path / "run", "--epochs", "1"))
+    run.run(parse(["--resume", str(folder), "--precision", "fp16"]))
+    assert metrics(folder)["precision"] == "fp16"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_describes_the_batch(
@@ -208,7 +277,7 @@ def test_a_missing_image_is_named_with_its_line(tmp_path: Path) -> None:
 
 
 def test_missing_data_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"(?s)--dataset imagenet_lt: .*ImageNet_LT_train\.txt"):
+    with pytest.raises(SystemExit, match=r"(?s)imagenet_lt: .*--data DIR should hold.*ImageNet_LT_train\.txt"):
         run.run(configure(tmp_path / "run", *IMAGENET))
     assert not (tmp_path / "run").exists()
 

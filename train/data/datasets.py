@@ -27,6 +27,8 @@ class Splits:
     validation: Samples
     test: Samples
     class_names: list[str]
+    published_counts: NDArray[np.int64]
+    """Training samples of each class, [num_classes], what is held out counted too."""
     selected_on: str
     """What `validation` is, for reports."""
 
@@ -82,4 +84,5 @@ def _published(name: str, data: Path | None, imbalance: float, shape: ImbalanceS
 
 
 def _splits(published: Published, train: Samples, validation: Samples, selected_on: str) -> Splits:
-    return Splits(train, validation, published.test, published.class_names, selected_on)
+    counts = np.bincount(published.train.labels, minlength=len(published.class_names))
+    return Splits(train, validation, published.test, published.class_names, counts, selected_on)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from rcl_fast.train.data.samples import BadImage, Samples, open_image
+from rcl_fast.train.data.samples import BadImage, Samples, describe, open_image
 from rcl_fast.train.data.views import View
 
 Batch = dict[str, Tensor]
@@ -150,7 +150,10 @@ class _Views(Dataset):
         with _generators_kept():
             for number, transform in enumerate(self.transforms):
                 _seed_generators((self.seed, epoch, index, number))
-                item[f"x{number + 1}"] = transform(image)
+                try:
+                    item[f"x{number + 1}"] = transform(image)
+                except ValueError as error:
+                    return BadImage(f"cannot use {describe(self.samples, index)}: {error}")
         return item
 
 

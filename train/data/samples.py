@@ -57,8 +57,15 @@ def open_image(samples: Samples, index: int) -> Image.Image:
         with Image.open(image) as opened:
             return opened.convert("RGB")
     except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-        origin = f" ({samples.origins[index]})" if samples.origins else ""
-        raise BadImage(f"cannot read the image {image}{origin}: {_cause(Path(image), error)}") from error
+        raise BadImage(f"cannot read {describe(samples, index)}: {_cause(Path(image), error)}") from error
+
+
+def describe(samples: Samples, index: int) -> str:
+    """Sample `index` for a person: its path and where it was listed, or its number."""
+    image = samples.images[index]
+    if isinstance(image, np.ndarray):
+        return f"image {index}"
+    return f"the image {image}" + (f" ({samples.origins[index]})" if samples.origins else "")
 
 
 def _cause(path: Path, error: Exception) -> str:

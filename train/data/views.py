@@ -80,8 +80,8 @@ class RequireSize(nn.Module):
         if image.size != (self.side, self.side):
             width, height = image.size
             raise ValueError(
-                f"an image is {width}x{height} pixels, and evaluation as_is expects {self.side}x{self.side}: "
-                "set image_size to that, or evaluation to resize_center_crop"
+                f"it has {width}x{height} pixels, and --evaluation as_is expects {self.side}x{self.side}: "
+                "set --image-size to that, or --evaluation to resize_center_crop"
             )
         return image
 

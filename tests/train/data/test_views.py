@@ -190,7 +190,7 @@ def test_evaluation_as_is_only_normalises() -> None:
 
 
 def test_evaluation_as_is_refuses_another_size() -> None:
-    with pytest.raises(ValueError, match="48x32 pixels, and evaluation as_is expects 32x32"):
+    with pytest.raises(ValueError, match="48x32 pixels, and --evaluation as_is expects 32x32"):
         evaluation_view(OPTIONS)(picture(48, 32))
 
 
