@@ -25,7 +25,7 @@ check: .venv/installed
 # The type checker sees the packages under the names that users import: rcl_fast, rcl_fast.kernels, rcl_fast.train.
 types: .venv/installed
 	@rm -rf build/types && mkdir -p build/types/rcl_fast
-	@ln -s $(addprefix ../../../,$(wildcard rcl_fast/*) kernels train) build/types/rcl_fast/
+	@ln -s $(addprefix ../../../,$(wildcard rcl_fast/* kernels train)) build/types/rcl_fast/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p rcl_fast
 
 bench: .venv/installed
