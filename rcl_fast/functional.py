@@ -55,7 +55,8 @@ def contrastive_loss(
         compression: [C] factor on the unit features and prototypes of each class (section 3.3.2).
         normalize: divide features and prototypes by their length; False where they already have unit length.
         reduction: "mean" over the anchors that have a positive, "sum", or "none": [N], 0 without a positive.
-        backend: "auto", "tiled" (CPU and CUDA, no N×M memory), "dense" (plain PyTorch), "reference" (float64 oracle).
+        backend: "auto", "tiled" (CPU and CUDA, no N×M memory), "dense" (plain PyTorch), "reference" (float64 oracle),
+            "triton" (GPU kernels, not yet run on a GPU: "auto" does not take them).
         group: reserved for the loss over all processes.
         validate: check also the values of tensors on a GPU, which costs a synchronisation.
 
@@ -64,7 +65,8 @@ def contrastive_loss(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
-        NotImplementedError: backend="triton" and group, which are not built yet.
+        NotImplementedError: group, which is not built yet.
+        ImportError: backend="triton" where Triton is not installed.
 
     >>> loss = contrastive_loss(features, labels, class_counts=counts, prototypes=prototypes,
     ...                         class_average=True, rebalance=True)                    # BCL+RCL
@@ -91,14 +93,19 @@ def contrastive_loss(
 
 
 def resolve_backend(backend: str) -> str:
-    """The backend that a name stands for; raises for an unknown or an unbuilt one."""
+    """The backend that a name stands for; raises ValueError for an unknown one."""
     checks.check_choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise NotImplementedError('backend="triton" is not built yet; use "auto", "tiled" or "dense"')
+    # The kernels are proved under Triton's interpreter and have not run on a GPU yet: they are there for the asking.
     return "tiled" if backend == "auto" else backend
 
 
 def _reduced(batch: ContrastiveBatch, reduction: str, backend: str) -> Tensor:
+    if backend == "triton":
+        from rcl_fast.backends import triton  # needs Triton, which not every platform has
+
+        if reduction == "none":
+            return triton.contrastive_loss(batch)
+        return triton.reduced_contrastive_loss(batch, reduction)
     has_positive = positives_per_anchor(batch) > 0
     if backend == "tiled" and reduction != "none":
         return tiled.weighted_contrastive_loss(batch, _reduction_weights(has_positive, reduction))

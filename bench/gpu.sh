@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Proof on a CUDA GPU within ten minutes: all tests of the loss, then speed, then memory. PyTorch's image suffices, without network.
+#
+#   bench/gpu.sh OUT                        everything; a failing test stops it
+#   bench/gpu.sh OUT gate|speed|memory      one part
+#   bench/gpu.sh OUT [PART] --dry-run       any machine: proves this script, keeps no figure
+#
+# OUT gets gate.log, speed.jsonl and memory.jsonl. Set in the environment, where you have them:
+#   BCL=loss/contrastive.py of BCL's repository, SUPCONTRAST=losses.py of SupContrast's: published code to compare with
+#   PYTHON=python3     WHEELS=folder of `pip download pytest hypothesis`, for an image without them
+set -euo pipefail
+
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+
+[[ $# -ge 1 && $1 != -* ]] || usage
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
+shift
+PART=all DRY=
+for argument in "$@"; do
+  case $argument in
+    gate | speed | memory) PART=$argument ;;
+    --dry-run) DRY=--dry-run ;;
+    *) usage ;;
+  esac
+done
+
+PYTHON=$(command -v "${PYTHON:-python3}")
+PEERS=()
+for peer in BCL SUPCONTRAST; do
+  [[ -z ${!peer:-} ]] || PEERS+=("--${peer,,}" "$(realpath "${!peer}")")
+done
+cd "$(dirname "$0")/.."
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+
+# The packages under the names that users import, without installing anything.
+mkdir -p "$WORK/import/rcl_fast"
+ln -s "$PWD"/rcl_fast/* "$PWD"/kernels "$PWD"/train "$WORK/import/rcl_fast/"
+export PYTHONPATH="$WORK/import${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+if [[ -z $DRY ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu.sh: PyTorch ($PYTHON) sees no CUDA device; --dry-run proves the script without one" >&2
+  exit 1
+fi
+
+has_pytest() { "$PYTHON" -c 'import pytest, hypothesis' 2> "$WORK/import.log"; }
+
+# Real compilation takes most of the time: the tests are dealt to as many processes as there are cores, up to 16.
+gate() {
+  if ! has_pytest && [[ -n ${WHEELS:-} ]]; then
+    "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" --target "$WORK/import" pytest hypothesis
+  fi
+  if ! has_pytest; then
+    echo "gate: no pytest and hypothesis here (WHEELS=folder brings them): the shipped configurations only"
+    [[ -n $DRY ]] || timeout 270 "$PYTHON" tests/kernels/shipped.py
+    return
+  fi
+  "$PYTHON" -m pytest --collect-only -q tests/rcl_fast tests/kernels | grep '^tests/.*::' > "$WORK/tests"
+  local shards=$(($(nproc) < 16 ? $(nproc) : 16)) processes=() failed=0
+  split --number="r/$shards" "$WORK/tests" "$WORK/shard."
+  for shard in "$WORK"/shard.*; do
+    timeout 270 "$PYTHON" -m pytest -q ${DRY:+--collect-only} "@$shard" > "$shard.log" 2>&1 &
+    processes+=($!)
+  done
+  for process in "${processes[@]}"; do wait "$process" || failed=1; done
+  cat "$WORK"/shard.*.log > "$WORK/all"
+  grep -E '^(FAILED|ERROR|SKIPPED)|^E  ' "$WORK/all" || true
+  grep -hE '^[0-9=].*(passed|failed|error|collected)' "$WORK/all" || true
+  echo "gate: $(wc -l < "$WORK/tests") tests in $shards processes, $([[ $failed == 0 ]] && echo passed || echo FAILED)"
+  return "$failed"
+}
+
+measure() { # PART SECONDS
+  timeout "$2" "$PYTHON" bench/gpu_loss.py "$1" --output "$OUT/$1.jsonl" $DRY "${PEERS[@]}"
+}
+
+began=$SECONDS
+[[ $PART != all && $PART != gate ]] || gate 2>&1 | tee "$OUT/gate.log"
+[[ $PART != all && $PART != speed ]] || measure speed 240
+[[ $PART != all && $PART != memory ]] || measure memory 80
+echo "gpu.sh: $PART done in $((SECONDS - began)) s; rows in $OUT"

@@ -1,0 +1,526 @@
+"""Time and memory of the loss on a CUDA GPU, forward and backward: our backends, published code, and the limit.
+
+    python bench/gpu_loss.py speed  --output FILE      microseconds a call, eager and in a CUDA graph
+    python bench/gpu_loss.py memory --output FILE      peak increase of the allocated memory
+    ... --bcl BCL/loss/contrastive.py --supcontrast SupContrast/losses.py      with the peers' own files
+    ... --dry-run                                      tiny cases, on the CPU where there is no GPU: proves the script
+
+It needs PyTorch and rcl_fast, nothing else; pytorch-metric-learning takes part where it is installed. Every variant is
+warm before anything is timed; each round runs every variant once; inputs rotate through more memory than the L2 cache
+has; figures are medians of the rounds. No figure comes from a wrong result: first our gradients are compared with
+float64's.
+
+BCL's BalSCL needs one line mended on a current PyTorch, which refuses to index a CPU matrix with CUDA indices:
+`torch.eye(n)[targets]` becomes `torch.eye(n, device=device)[targets]`, in memory, as the file is loaded.
+SupContrast and pytorch-metric-learning compute the plain loss, without prototypes, on the same anchors: less work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import machine
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rcl_fast import contrastive_loss
+
+OURS = ("triton", "tiled", "dense", "dense, compiled")
+TEMPERATURE = 0.1
+TILED_OPERATIONS = 5e13  # beyond, `tiled` takes many seconds a call
+COPIES = 1024  # sets of inputs at most
+GRAPH_SECONDS = 0.05  # of one replay, about
+ROUND_SECONDS = 0.02  # of one variant's turn, about: eager calls are too short to time one by one
+
+
+class Case(NamedTuple):
+    """N anchors = 2 views of N/2 samples with long-tailed labels, and prototypes: BCL's loss."""
+
+    name: str
+    anchors: int
+    classes: int
+    dimensions: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.anchors:,} anchors, C={self.classes}, D={self.dimensions}"
+
+    @property
+    def operations(self) -> int:
+        """Of the matrix products that the algorithm needs: 2·N·M·D forward, 4·N·M·D and 4·C·N·D backward."""
+        N, C, D = self.anchors, self.classes, self.dimensions
+        return 6 * N * (N + C) * D + 4 * C * N * D
+
+    @property
+    def matrix_bytes(self) -> int:
+        """One float32 matrix of all similarities."""
+        return 4 * self.anchors * (self.anchors + self.classes)
+
+
+CASES = (
+    Case("CIFAR batch", 512, 100, 128),
+    Case("ImageNet-LT batch", 512, 1000, 1024),
+    Case("iNaturalist batch", 512, 8142, 1024),
+    Case("large, narrow", 16384, 1000, 128),
+    Case("large, wide", 16384, 1000, 1024),
+    Case("very large", 131072, 1000, 128),
+    Case("largest", 1048576, 1000, 128),
+)
+TINY_CASES = (Case("tiny", 32, 5, 16), Case("tiny, wide", 32, 11, 320))
+
+
+class Inputs(NamedTuple):
+    features: Tensor  # [N, D], a leaf; the views of a sample are neighbours
+    labels: Tensor  # [N]
+    prototypes: Tensor  # [C, D], a leaf
+
+
+Loss = Callable[[Inputs], Tensor]
+
+
+class Peers(NamedTuple):
+    """Files of repositories that are no part of ours; None: not measured."""
+
+    bcl: Path | None = None
+    supcontrast: Path | None = None
+
+
+def draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+    shares = 1 / torch.arange(1, case.classes + 1, device=device).float()
+    labels = torch.multinomial(shares, case.anchors // 2, replacement=True, generator=generator)
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, case.dimensions, device=device, dtype=dtype, generator=generator).requires_grad_()
+
+    return Inputs(rows(case.anchors), labels.repeat_interleave(2), rows(case.classes))
+
+
+def ours(backend: str) -> Loss:
+    """The public function, as a training loop calls it."""
+
+    def loss(inputs: Inputs) -> Tensor:
+        features, labels, prototypes = inputs
+        return contrastive_loss(
+            features, labels, prototypes=prototypes, temperature=TEMPERATURE, class_average=True, backend=backend
+        )
+
+    return loss
+
+
+def available_backends(device: torch.device) -> tuple[str, ...]:
+    """What the machine runs, the fastest first; the float64 reference is for tests."""
+    return ("triton", "tiled", "dense") if device.type == "cuda" else ("tiled", "dense")
+
+
+def published_bcl(path: Path, classes: int) -> Loss:
+    """BCL's BalSCL, which wants views [B, 2, D] and unit rows."""
+    mended = path.read_text(encoding="utf-8").replace(
+        "torch.eye(len(self.cls_num_list))[", "torch.eye(len(self.cls_num_list), device=device)["
+    )
+    criterion = _module("published_bcl", path, mended).BalSCL([1] * classes, temperature=TEMPERATURE)
+
+    def loss(inputs: Inputs) -> Tensor:
+        features, labels, prototypes = inputs
+        return criterion(
+            F.normalize(prototypes, dim=1), F.normalize(features, dim=1).unflatten(0, (-1, 2)), labels[::2]
+        )
+
+    return loss
+
+
+def supcontrast(path: Path) -> Loss:
+    """SupContrast's SupConLoss: no prototypes."""
+    module = _module("published_supcontrast", path, path.read_text(encoding="utf-8"))
+    criterion = module.SupConLoss(temperature=TEMPERATURE, base_temperature=TEMPERATURE)
+
+    def loss(inputs: Inputs) -> Tensor:
+        return criterion(F.normalize(inputs.features, dim=1).unflatten(0, (-1, 2)), inputs.labels[::2])
+
+    return loss
+
+
+def metric_learning() -> Loss:
+    """pytorch-metric-learning's SupConLoss: no prototypes; it normalises."""
+    from pytorch_metric_learning.losses import SupConLoss
+
+    criterion = SupConLoss(temperature=TEMPERATURE)
+    return lambda inputs: criterion(inputs.features, inputs.labels)
+
+
+def _module(name: str, path: Path, text: str) -> ModuleType:
+    module = ModuleType(name)
+    exec(compile(text, str(path), "exec"), module.__dict__)
+    return module
+
+
+def variants(case: Case, peers: Peers, device: torch.device) -> dict[str, Loss]:
+    """Ours first; the peers behind, as one that fails may leave the device in a bad state."""
+    found = {backend: ours(backend) for backend in available_backends(device)}
+    if device.type == "cuda":
+        found["dense, compiled"] = torch.compile(found["dense"], dynamic=False)
+    if peers.bcl is not None:
+        found["BCL's BalSCL"] = published_bcl(peers.bcl, case.classes)
+    if peers.supcontrast is not None:
+        found["SupContrast's SupConLoss"] = supcontrast(peers.supcontrast)
+    if importlib.util.find_spec("pytorch_metric_learning") is not None:
+        found["pytorch-metric-learning's SupConLoss"] = metric_learning()
+    return {name: loss for name, loss in found.items() if is_feasible(name, case, device)}
+
+
+def is_feasible(variant: str, case: Case, device: torch.device) -> bool:
+    """Whether a variant fits: all but ours keep some eight N×M matrices; tiled recomputes without tensor cores."""
+    if variant == "triton" or device.type != "cuda":
+        return True
+    if variant == "tiled":
+        return case.operations < TILED_OPERATIONS
+    return 8 * case.matrix_bytes < torch.cuda.get_device_properties(device).total_memory
+
+
+def run(loss: Loss, inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """Forward and backward pass: the gradients of features and prototypes (None: the loss has none)."""
+    return torch.autograd.grad(loss(inputs), (inputs.features, inputs.prototypes), allow_unused=True)
+
+
+def gradient_error(loss: Loss, inputs: Inputs) -> float:
+    """Largest relative error of a gradient, against `tiled` in float64 (float32 where the batch is very large)."""
+    dtype = torch.float64 if len(inputs.features) <= 2**15 else torch.float32
+    exact = Inputs(
+        inputs.features.detach().to(dtype).requires_grad_(),
+        inputs.labels,
+        inputs.prototypes.detach().to(dtype).requires_grad_(),
+    )
+    pairs = zip(run(loss, inputs), run(ours("tiled"), exact), strict=True)
+    return max(
+        float((found.to(dtype) - right).norm() / right.norm())
+        for found, right in pairs
+        if found is not None and right is not None
+    )
+
+
+def check(name: str, loss: Loss, case: Case, inputs: Inputs) -> float | None:
+    """Our variants' error, which must be rounding; None for a peer, another loss or beyond the float32 oracle."""
+    if name in OURS and case.operations < TILED_OPERATIONS:
+        error = gradient_error(loss, inputs)
+        if not error < 4 * torch.finfo(inputs.features.dtype).eps:
+            raise SystemExit(
+                f"{case.name}: {name} is wrong, relative error of a gradient {error:.1e}; nothing is timed"
+            )
+        return error
+    return None
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def input_sets(case: Case, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
+    """So many that no input is still in the L2 cache when its turn comes again."""
+    first = draw(case, device, dtype)
+    size = sum(tensor.nbytes for tensor in first)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else size
+    return [
+        first,
+        *(draw(case, device, dtype, seed) for seed in range(1, min(COPIES, 1 + math.ceil(2 * cache / size)))),
+    ]
+
+
+class Eager:
+    """Calls from Python, in turn over the input sets; wall time, the host's work included."""
+
+    def __init__(self, loss: Loss, sets: list[Inputs], device: torch.device) -> None:
+        self.loss, self.sets, self.device, self.next = loss, sets, device, 0
+        self.calls = 1
+        for _ in range(3):  # compile, and fill the allocator's pool
+            seconds = self.time()
+        self.calls = max(1, min(len(sets), int(ROUND_SECONDS / seconds)))
+
+    def time(self) -> float:
+        """Seconds a call."""
+        synchronize(self.device)
+        began = time.perf_counter()
+        for _ in range(self.calls):
+            run(self.loss, self.sets[self.next % len(self.sets)])
+            self.next += 1
+        synchronize(self.device)
+        return (time.perf_counter() - began) / self.calls
+
+
+class Graph:
+    """One CUDA graph of a call on each of several input sets; the device's time by events."""
+
+    def __init__(self, loss: Loss, sets: list[Inputs], eager_seconds: float) -> None:
+        self.calls = max(1, min(len(sets), int(GRAPH_SECONDS / eager_seconds)))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run(loss, sets[0])
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for inputs in sets[: self.calls]:
+                run(loss, inputs)
+        self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.time()
+
+    def time(self) -> float:
+        """Seconds a call."""
+        self.began.record()
+        self.graph.replay()
+        self.ended.record()
+        self.ended.synchronize()
+        return self.began.elapsed_time(self.ended) / 1e3 / self.calls
+
+
+def prepare(name: str, loss: Loss, case: Case, sets: list[Inputs], device: torch.device) -> Iterator[tuple[dict, Any]]:
+    """(what is known of it, what to time) in each regime; a variant that fails here is a row without a time."""
+    known: dict[str, Any] = {"variant": name, "regime": "eager"}
+    try:
+        known["gradient_error"] = check(name, loss, case, sets[0])
+        eager = Eager(loss, sets, device)
+    except Exception as error:  # published code fails in many ways: that is a row too
+        yield {**known, "error": _first_line(error)}, None
+        return
+    yield known, eager
+    if device.type != "cuda" or name not in OURS:
+        return  # the peers copy from the host in each call, which a graph cannot hold
+    try:
+        yield {**known, "regime": "graph"}, Graph(loss, sets, eager.time())
+    except RuntimeError as error:
+        yield {**known, "regime": "graph", "error": _first_line(error)}, None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def speed(
+    case: Case, peers: Peers, device: torch.device, dtype: torch.dtype, seconds: float, peak: float
+) -> list[dict]:
+    """The rows of a case; `peak` in operations a second is the measured speed of matrix products alone."""
+    sets = input_sets(case, device, dtype)
+    prepared = [
+        pair for name, loss in variants(case, peers, device).items() for pair in prepare(name, loss, case, sets, device)
+    ]
+    timed = [(known, timer, []) for known, timer in prepared if timer is not None]
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 3 or (rounds < 50 and time.perf_counter() < end):
+        for _, timer, taken in timed:
+            taken.append(timer.time())
+        rounds += 1
+    rows = [
+        {
+            **known,
+            **spread(taken),
+            "calls_a_round": timer.calls,
+            "rounds": rounds,
+            "input_sets": len(sets),
+            "share_of_peak": case.operations / statistics.median(taken) / peak,
+        }
+        for known, timer, taken in timed
+    ]
+    limit = {"variant": "limit: the products at the measured peak", "regime": "graph"}
+    rows.append({**limit, "microseconds": 1e6 * case.operations / peak, "share_of_peak": 1.0})
+    return rows + [known for known, timer in prepared if timer is None]
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    return {
+        "microseconds": 1e6 * statistics.median(seconds),
+        "microseconds_p20": 1e6 * deciles[1],
+        "microseconds_p80": 1e6 * deciles[7],
+    }
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large square product, the best of ten."""
+    size = 8192 if device.type == "cuda" else 256
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        synchronize(device)
+        began = time.perf_counter()
+        left @ right
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def empty_launch(device: torch.device) -> Iterator[dict[str, Any]]:
+    """A kernel that does next to nothing: what a launch costs from Python, and in a graph."""
+    tiny = torch.zeros(1, device=device)
+
+    def time_calls(calls: int) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            tiny.zero_()
+        synchronize(device)
+        return (time.perf_counter() - began) / calls
+
+    time_calls(1000)
+    limit = {"variant": "limit: an empty launch"}
+    yield {**limit, "regime": "eager", **spread([time_calls(1000) for _ in range(10)])}
+    if device.type != "cuda":
+        return
+    graph, began, ended = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.graph(graph):
+        for _ in range(1000):
+            tiny.zero_()
+    taken = []
+    for _ in range(11):
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        taken.append(began.elapsed_time(ended) / 1e6)
+    yield {**limit, "regime": "graph", **spread(taken[1:])}
+
+
+def memory(case: Case, peers: Peers, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Peak increase over what is allocated before, in MB: of the forward pass, and of both."""
+    inputs = draw(case, device, dtype)
+    base = sum(tensor.nbytes for tensor in inputs) + inputs.features.nbytes + inputs.prototypes.nbytes
+    for name, loss in variants(case, peers, device).items():
+        known = {"variant": name, "inputs_and_gradients_mb": base / 1e6}
+        try:
+            run(loss, inputs)  # compiles, and makes the libraries take their own workspaces
+            forward, both = peak_increases(loss, inputs, device)
+        except Exception as error:  # published code fails in many ways: that is a row too
+            yield {**known, "error": _first_line(error)}
+            continue
+        yield {**known, "forward_mb": forward, "both_mb": both}
+
+
+def peak_increases(loss: Loss, inputs: Inputs, device: torch.device) -> tuple[float | None, float | None]:
+    """Of the forward pass alone, and of forward and backward with the gradients; None without a GPU."""
+    if device.type != "cuda":
+        return None, None
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    total = loss(inputs)
+    forward = torch.cuda.max_memory_allocated(device) - before
+    gradients = torch.autograd.grad(total, (inputs.features, inputs.prototypes), allow_unused=True)
+    torch.cuda.synchronize(device)
+    del gradients
+    return forward / 1e6, (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Machine, driver, versions and commit."""
+    found: dict[str, Any] = {**machine.describe(), "device": device.type, "cuda": torch.version.cuda}
+    spec = importlib.util.find_spec("triton")
+    if spec is not None:
+        import triton
+
+        found["triton"] = triton.__version__
+    if device.type == "cuda" and torch.version.hip is None:
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+        if answer:
+            found["driver"], found["clock"], found["power"] = (part.strip() for part in answer[0].split(","))
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("speed", "memory"))
+    parser.add_argument("--output", type=Path, help="file of JSON lines to append the rows to")
+    parser.add_argument("--bcl", type=Path, help="loss/contrastive.py of BCL's repository")
+    parser.add_argument("--supcontrast", type=Path, help="losses.py of SupContrast's repository")
+    parser.add_argument("--case", choices=[case.name for case in CASES], action="append", help="default: all")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of timing a case, warming up not counted")
+    parser.add_argument("--dry-run", action="store_true", help="tiny cases, on any machine; no figure of it is kept")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not options.dry_run:
+        raise SystemExit("no CUDA device here: --dry-run proves the script; python bench/loss.py is for CPUs")
+    for path in (options.bcl, options.supcontrast):
+        if path is not None and not path.is_file():
+            raise SystemExit(f"{path}: no such file; give the path inside a checkout of that repository")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cpu" or torch.cuda.is_bf16_supported() else torch.float16
+    peers = Peers(options.bcl, options.supcontrast)
+    cases = TINY_CASES if options.dry_run else [c for c in CASES if options.case is None or c.name in options.case]
+    machine_row = describe(device)
+
+    def write(case: str, rows: list[dict[str, Any]]) -> None:
+        print(f"\n{case}\n{table(rows)}", flush=True)
+        if options.output is not None and not options.dry_run:
+            with options.output.open("a", encoding="utf-8") as file:
+                common = {"part": options.part, "case": case, "dtype": str(dtype).removeprefix("torch.")}
+                file.writelines(json.dumps({**common, **row, **machine_row}) + "\n" for row in rows)
+
+    peak = measured_peak(device, dtype)
+    if options.part == "speed":
+        write("limits", [{"variant": "limit: matrix products", "tflops": peak / 1e12}, *empty_launch(device)])
+    for case in cases:
+        if options.part == "speed":
+            rows = speed(case, peers, device, dtype, 0.1 if options.dry_run else options.seconds, peak)
+        else:
+            rows = list(memory(case, peers, device, dtype))
+        sizes = {"anchors": case.anchors, "classes": case.classes, "dimensions": case.dimensions}
+        write(case.name, [{**sizes, **row} for row in rows])
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return 0
+
+
+HEADINGS = {
+    "regime": "regime",
+    "microseconds": "µs",
+    "microseconds_p20": "p20",
+    "microseconds_p80": "p80",
+    "share_of_peak": "share of peak",
+    "tflops": "TFLOP/s",
+    "forward_mb": "forward MB",
+    "both_mb": "both MB",
+    "inputs_and_gradients_mb": "inputs and gradients MB",
+    "error": "error",
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in columns; how much faster than the published code, where that was measured."""
+    shown = {name: heading for name, heading in HEADINGS.items() if any(row.get(name) is not None for row in rows)}
+    published = next((row.get("microseconds") for row in rows if row["variant"] == "BCL's BalSCL"), None)
+    lines = [["variant", *shown.values(), *(["× published"] if published else [])]]
+    for row in rows:
+        cells = [row["variant"], *(_cell(name, row.get(name)) for name in shown)]
+        if published:
+            taken = row.get("microseconds")
+            cells.append(f"{published / taken:.1f}" if taken else "–")
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if name == "share_of_peak":
+        return f"{value:.1%}"
+    return value if isinstance(value, str) else f"{value:,.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

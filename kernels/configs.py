@@ -1,0 +1,75 @@
+"""Launch choices: block sizes by kernel, architecture, kind of product and width, and what bounds the workspace.
+
+`bench/aot.py` compiles every entry and records its registers, spills and shared memory; `bench/tune.py` times others.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from rcl_fast.kernels.table import TABLE
+
+
+class Config(NamedTuple):
+    """Block sizes of one kernel."""
+
+    rows: int  # rows of a tile: anchors, or prototypes in their gradient
+    keys: int  # keys of a tile
+    depth: int  # features of a step; whole rows where it is at least their number
+    warps: int
+    stages: int
+
+
+# What a product multiplies: 16-bit numbers, float32 through TF32, float32 exactly.
+KINDS = ("half", "tf32", "ieee")
+# Widths up to which an entry holds. A kernel's last entry holds for every wider row too.
+WIDTHS = {"forward": (64, 128, 256, 2048), "backward": (64, 128, 256), "weights": (2048,)}
+# Programs that fill the device: about two to a multiprocessor of the largest chip of each architecture.
+PROGRAMS = {70: 160, 75: 144, 80: 216, 86: 168, 89: 284, 90: 264, 100: 296, 120: 340}
+ARCHITECTURES = tuple(PROGRAMS)
+
+# Rows up to this width keep their gradient in registers; wider ones take the workspace and plain matrix products.
+REGISTER_WIDTH = {"half": 256, "tf32": 128, "ieee": 64}
+# Largest workspace for the weights of the gradient.
+WORKSPACE_BYTES = 256 * 2**20
+# Up to this many anchors the labels are compared one by one; above, a histogram costs less.
+SCAN_LIMIT = 4096
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """The newest entry of the table that is not newer than the device; 80 where it is no NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+def kinds(arch: int) -> tuple[str, ...]:
+    """The kinds that an architecture has: TF32 came with sm_80."""
+    return KINDS if arch >= 80 else ("half", "ieee")
+
+
+def kind_of(dtype: torch.dtype, arch: int) -> str:
+    """How PyTorch's own matrix products treat this dtype under the current matmul precision."""
+    if dtype != torch.float32:
+        return "half"
+    return "ieee" if arch < 80 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def in_registers(arch: int, kind: str, width: int) -> bool:
+    """Whether rows of this width keep their gradient in registers. Triton has tensor-core products from sm_80 on."""
+    return width <= REGISTER_WIDTH[kind if arch >= 80 else "ieee"]
+
+
+def choose(kernel: str, arch: int, kind: str, width: int, rows: int, keys: int) -> Config:
+    """The first, largest, tile of the entry that still gives every multiprocessor work, or the smallest one."""
+    bucket = next((known for known in WIDTHS[kernel] if width <= known), WIDTHS[kernel][-1])
+    sizes = [Config(*entry) for entry in TABLE[kernel, arch, kind, bucket]]
+    for config in sizes:
+        if -(-rows // config.rows) * -(-keys // config.keys) >= PROGRAMS[arch]:
+            return config
+    return sizes[-1]

@@ -1,0 +1,58 @@
+"""Three repairs of Triton's interpreter, so that it computes what a GPU does (seen with Triton 3.6 and NumPy 2.4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def repair() -> None:
+    """Call once, before the first kernel runs."""
+    _loop_bounds_are_arrays()
+    _bfloat16_products_are_of_bit_patterns()
+    _bfloat16_is_truncated()
+
+
+def _loop_bounds_are_arrays() -> None:
+    """NumPy 2.4 makes no integer of an array of one element, which every loop bound is."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_repair(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_repair
+
+
+def _bfloat16_products_are_of_bit_patterns() -> None:
+    """The interpreter keeps bfloat16 as uint16, and tl.dot multiplies those integers."""
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, _widened(a), _widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _widened(handle: Any) -> Any:
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _bfloat16_is_truncated() -> None:
+    """float32 → bfloat16 rounds to the nearest, ties to even, on every GPU; the interpreter drops the low bits."""
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return cast(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16)
+        return interpreter.TensorHandle(rounded, dst_type.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl

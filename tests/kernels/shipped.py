@@ -1,0 +1,89 @@
+"""The kernels with the tiles that users get, at sizes that choose the large and the small one of each entry.
+
+python tests/kernels/shipped.py        on a GPU, where there is no pytest
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from batches import assert_as_exact_as_plain, random_batch
+from torch import Tensor
+
+from rcl_fast.backends import dense
+from rcl_fast.batch import ContrastiveBatch
+
+
+class Shipped(NamedTuple):
+    """A batch, and the precision of its products."""
+
+    N: int
+    C: int
+    D: int
+    dtype: torch.dtype
+    precision: str  # of torch.set_float32_matmul_precision
+    compressed: bool  # no bound on the similarities is known then
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{self.N}-{self.C}-{self.D}-{name}-{self.precision}{'-compressed' * self.compressed}"
+
+
+def gpu_cases() -> Iterator[Shipped]:
+    """Each kind of product, each width of the table and beyond, ragged and not, small tile and large."""
+    products = (
+        (torch.bfloat16, "highest"),
+        (torch.float16, "highest"),
+        (torch.float32, "high"),
+        (torch.float32, "highest"),
+    )
+    for dtype, precision in products:
+        for position, D in enumerate((8, 64, 100, 128, 200, 256, 320, 1024, 2048)):
+            compressed = position % 2 == 0
+            yield Shipped(200, 150, D, dtype, precision, compressed)
+            yield Shipped(2300, 517, D, dtype, precision, not compressed)
+    yield Shipped(5000, 2, 64, torch.bfloat16, "highest", False)  # labels counted by a histogram
+    yield Shipped(30, 20_000, 64, torch.bfloat16, "highest", False)  # many times more classes than anchors
+
+
+INTERPRETED_CASES = (
+    Shipped(200, 170, 100, torch.bfloat16, "highest", False),
+    Shipped(170, 200, 300, torch.float32, "highest", True),
+)
+
+
+def check(case: Shipped, device: torch.device) -> None:
+    """Against float64, no worse than plain PyTorch in the same dtype and precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(case.precision)
+    try:
+        batch = random_batch(device, case.N, case.C, case.D, dtype=case.dtype, compressed=case.compressed)
+        assert_as_exact_as_plain(batch, truth=_in_float64)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _in_float64(batch: ContrastiveBatch) -> Tensor:
+    """`dense`, as the reference's loops would take minutes; both are held to each other by other tests."""
+    prototypes = None if batch.prototypes is None else batch.prototypes.double()
+    return dense.contrastive_loss(batch._replace(features=batch.features.double(), prototypes=prototypes))
+
+
+def main() -> int:
+    cases = list(gpu_cases())
+    failed = 0
+    for case in cases:
+        try:
+            check(case, torch.device("cuda"))
+        except AssertionError as error:
+            failed += 1
+            print(f"{case}: {error}", flush=True)
+    print(f"{len(cases) - failed} of {len(cases)} shipped configurations as exact as plain PyTorch")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The operator around the kernels: layouts, frozen inputs, autograd, torch.compile, torch.func, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from batches import loss_and_gradients, random_batch, upstream_of
+
+from rcl_fast.backends import triton as backend
+from rcl_fast.kernels import launch
+
+WIDTHS = pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
+
+
+@WIDTHS
+def test_non_contiguous_inputs_and_upstream(
+    register_width: int, tiny_tiles: Callable[..., None], device: torch.device
+) -> None:
+    tiny_tiles(register_width=register_width)
+    batch = random_batch(device, 30, 11, 32)
+    expected = loss_and_gradients(backend.contrastive_loss, batch)
+
+    def strided(rows: torch.Tensor) -> torch.Tensor:
+        return rows.detach().T.contiguous().T.requires_grad_()
+
+    every_second = torch.stack([batch.labels, batch.labels + 1], dim=1)[:, 0]
+    counts = torch.stack([batch.class_counts, batch.class_counts], dim=1)[:, 1]
+    other = batch._replace(
+        features=strided(batch.features), prototypes=strided(batch.prototypes), labels=every_second, class_counts=counts
+    )
+    assert not other.features.is_contiguous()
+    upstream = torch.stack([upstream_of(batch), torch.zeros(30, device=device)], dim=1)[:, 0]
+    assert upstream.stride() == (2,)
+    for one, same in zip(expected, loss_and_gradients(backend.contrastive_loss, other, upstream), strict=True):
+        assert torch.equal(one, same)
+
+
+def test_expanded_upstream(device: torch.device) -> None:
+    batch = random_batch(device, 30, 11, 32)
+    losses = backend.contrastive_loss(batch)
+    (by_sum,) = torch.autograd.grad(losses.sum(), batch.features)  # the upstream has stride 0
+    (by_ones,) = torch.autograd.grad(backend.contrastive_loss(batch), batch.features, torch.ones_like(losses))
+    assert torch.equal(by_sum, by_ones)
+
+
+@WIDTHS
+@pytest.mark.parametrize("frozen", ["features", "prototypes"])
+def test_a_frozen_input_costs_no_gradient(
+    frozen: str,
+    register_width: int,
+    tiny_tiles: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    tiny_tiles(register_width=register_width)
+    batch = random_batch(device, 30, 11, 32)
+    _, *both = loss_and_gradients(backend.contrastive_loss, batch)
+    returned = []
+    backward = launch.backward
+    monkeypatch.setattr(launch, "backward", lambda *given: returned.append(backward(*given)) or returned[-1])
+    partly = batch._replace(**{frozen: getattr(batch, frozen).detach()})
+    _, only = loss_and_gradients(backend.contrastive_loss, partly)
+    kept = 1 if frozen == "features" else 0
+    assert torch.equal(only, both[kept])
+    assert returned[0][1 - kept] is None
+
+
+def test_without_gradients(device: torch.device) -> None:
+    batch = random_batch(device, 30, 11, 32)
+    with_gradients = backend.contrastive_loss(batch)
+    with torch.no_grad():
+        assert torch.equal(backend.contrastive_loss(batch), with_gradients)
+    with torch.inference_mode():
+        assert torch.equal(backend.contrastive_loss(batch), with_gradients)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 2, 2, 2, 5], [0, 1, 2]], ids=["one without a positive", "none has one"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions(reduction: str, labels: list[int], device: torch.device) -> None:
+    batch = random_batch(device, len(labels), 6, 16, with_prototypes=False, labels=torch.tensor(labels))
+    losses = backend.contrastive_loss(batch)
+    has_positive = losses != 0
+    expected = losses.sum() / (has_positive.sum().clamp(min=1) if reduction == "mean" else 1)
+    reduced = backend.reduced_contrastive_loss(batch, reduction)
+    torch.testing.assert_close(reduced, expected)
+    for one, other in zip(*(torch.autograd.grad(total, batch.features) for total in (reduced, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_cpu_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="tiled"):
+        backend.contrastive_loss(random_batch(torch.device("cpu")))
+
+
+def test_launches_go_to_the_device_of_the_inputs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """With two GPUs the current one may be the other; with one, or none, only the question can be seen."""
+    asked = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: asked.append(len(tensor)) or device_of(tensor))
+    loss_and_gradients(backend.contrastive_loss, random_batch(device, 30, 11, 32))
+    assert asked == [30, 41]  # features forward, keys backward
+
+
+def test_no_second_derivative(device: torch.device) -> None:
+    batch = random_batch(device, 12, 5, 16)
+    losses = backend.contrastive_loss(batch)
+    (gradient,) = torch.autograd.grad(losses.sum(), batch.features, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(gradient.sum(), batch.features)
+
+
+def _operator_arguments(device: torch.device, with_prototypes: bool, D: int = 16) -> tuple:
+    batch = random_batch(device, 20, 7, D, with_prototypes=with_prototypes)
+    options = (batch.num_classes, batch.temperature, batch.class_average, batch.normalize)
+    return batch.features, batch.prototypes, batch.labels, batch.class_counts, None, *options
+
+
+@pytest.mark.parametrize(("with_prototypes", "D"), [(True, 16), (False, 16), (False, 13)])
+def test_opcheck(with_prototypes: bool, D: int, device: torch.device) -> None:
+    arguments = _operator_arguments(device, with_prototypes, D)
+    torch.library.opcheck(backend._forward_op, arguments)
+    outputs = launch.forward(*arguments)
+    _, lse, keys, vectors, key_labels = outputs
+    keys = keys if len(keys) else arguments[0].detach()
+    backward_arguments = (keys, vectors, key_labels, lse, torch.ones(20, device=device), D, True, True, True)
+    for wanted in ((True, with_prototypes), (False, with_prototypes), (True, False)):
+        torch.library.opcheck(backend._backward_op, (*backward_arguments, *wanted))
+
+
+def test_operator_and_eager_path_agree(device: torch.device) -> None:
+    arguments = _operator_arguments(device, True)
+    eager = backend._Loss.apply(*arguments)[0]
+    operator = backend._forward_op(*arguments)[0]
+    assert torch.equal(eager, operator)
+    wanted = arguments[:2]
+    for one, other in zip(
+        torch.autograd.grad(eager.sum(), wanted), torch.autograd.grad(operator.sum(), wanted), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("with_prototypes", [True, False])
+def test_torch_compile_without_graph_breaks(with_prototypes: bool, device: torch.device) -> None:
+    batch = random_batch(device, 30, 11, 16, with_prototypes=with_prototypes)
+    compiler = "inductor" if device.type == "cuda" else "aot_eager"  # no C++ compiler is needed for the latter
+    compiled = torch.compile(backend.contrastive_loss, fullgraph=True, backend=compiler, dynamic=True)
+    for N in (30, 23):  # a second, smaller batch with the same graph
+        part = batch._replace(
+            features=batch.features[:N].detach().requires_grad_(), labels=batch.labels[:N].contiguous()
+        )
+        expected = loss_and_gradients(backend.contrastive_loss, part)
+        for one, other in zip(expected, loss_and_gradients(compiled, part), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_torch_func_grad(device: torch.device) -> None:
+    batch = random_batch(device, 20, 7, 16)
+    upstream = upstream_of(batch)
+
+    def total(features: torch.Tensor) -> torch.Tensor:
+        return (backend.contrastive_loss(batch._replace(features=features)) * upstream).sum()
+
+    _, expected, _ = loss_and_gradients(backend.contrastive_loss, batch)
+    torch.testing.assert_close(torch.func.grad(total)(batch.features.detach()), expected, rtol=0, atol=0)
+
+
+@WIDTHS
+def test_autocast_rounds_nothing(register_width: int, tiny_tiles: Callable[..., None], device: torch.device) -> None:
+    """float32 features under autocast keep float32 products, in the backward pass too."""
+    tiny_tiles(register_width=register_width)
+    batch = random_batch(device, 20, 7, 32)
+    expected = loss_and_gradients(backend.contrastive_loss, batch)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        under_autocast = loss_and_gradients(backend.contrastive_loss, batch)
+    for one, other in zip(expected, under_autocast, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graph_capture(device: torch.device) -> None:
+    batch = random_batch(device, 64, 11, 64, dtype=torch.bfloat16)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    expected = loss_and_gradients(backend.contrastive_loss, batch)
+    graph = torch.cuda.CUDAGraph()
+    upstream = upstream_of(batch)
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradients(backend.contrastive_loss, batch, upstream)
+    graph.replay()
+    for one, other in zip(expected, captured, strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,278 @@
+"""Loss and gradients of the kernels against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from batches import PRESETS, assert_as_exact_as_plain, loss_and_gradients, random_batch, upstream_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rcl_fast.backends import triton as backend
+from rcl_fast.batch import ContrastiveBatch
+from rcl_fast.kernels import configs
+
+Tiles = Callable[..., None]
+
+
+def test_golden_cases(golden: dict[str, np.ndarray], device: torch.device) -> None:
+    def tensor(name: str, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        return torch.from_numpy(golden[name]).to(device, dtype) if name in golden else None
+
+    features, prototypes = tensor("features", torch.float32), tensor("prototypes", torch.float32)
+    assert features is not None
+    wanted = [rows.requires_grad_() for rows in (features, prototypes) if rows is not None]
+    batch = ContrastiveBatch(
+        features=features,
+        labels=tensor("labels"),
+        prototypes=prototypes,
+        class_counts=tensor("class_counts") if golden["rebalance"] else None,
+        compression=tensor("compression"),
+        num_classes=len(golden["class_counts"]),
+        temperature=float(golden["temperature"]),
+        class_average=bool(golden["class_average"]),
+        normalize=bool(golden["normalize"]),
+    )
+    losses = backend.contrastive_loss(batch)
+    np.testing.assert_allclose(losses.detach().cpu(), golden["loss_per_anchor"], rtol=2e-6, atol=2e-5)
+
+    has_positive = tensor("has_positive")
+    gradients = torch.autograd.grad(losses[has_positive].mean() if has_positive.any() else losses.sum(), wanted)
+    for name, gradient in zip(("grad_features", "grad_prototypes"), gradients, strict=False):
+        scale = max(np.abs(golden[name]).max(), 1e-9)
+        np.testing.assert_allclose(gradient.cpu() / scale, golden[name] / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_over_several_tiles_on_every_axis(
+    preset: str, register_width: int, tiny_tiles: Tiles, device: torch.device
+) -> None:
+    tiny_tiles(register_width=register_width)
+    assert_as_exact_as_plain(random_batch(device, N=50, C=37, D=40, **PRESETS[preset]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"class_average": True, "rebalance": False, "with_prototypes": False},
+        {"class_average": False, "rebalance": True, "with_prototypes": True},
+        {"compressed": True},  # no bound on the similarities is known
+        {"normalize": False, "temperature": 1.0},
+        {"normalize": False, "compressed": True, "temperature": 1.0},
+        {"temperature": 0.02},  # the bound is too wide to do without a pivot
+        {"temperature": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
+def test_other_options(options: dict, register_width: int, tiny_tiles: Tiles, device: torch.device) -> None:
+    tiny_tiles(register_width=register_width)
+    assert_as_exact_as_plain(random_batch(device, N=37, C=19, D=24, **options))
+
+
+@pytest.mark.parametrize(
+    ("N", "C", "D"),
+    [
+        (1, 1, 8),  # the least there is
+        (1, 40, 8),  # one anchor, prototypes on more than one tile
+        (33, 1, 16),  # one class; one row more than two tiles
+        (32, 32, 32),  # exact multiples of every tile
+        (31, 65, 17),  # one short of a tile; D just over one step
+        (70, 3, 100),  # D over several steps and padded
+        (20, 100, 2048 // 16),
+    ],
+)
+@pytest.mark.parametrize("register_width", [128, 0], ids=["registers", "workspace"])
+def test_ragged_shapes(N: int, C: int, D: int, register_width: int, tiny_tiles: Tiles, device: torch.device) -> None:
+    tiny_tiles(register_width=register_width, depth=32)
+    assert_as_exact_as_plain(random_batch(device, N, C, D))
+
+
+def test_widest_rows(tiny_tiles: Tiles, device: torch.device) -> None:
+    tiny_tiles(depth=256)
+    assert_as_exact_as_plain(random_batch(device, N=20, C=18, D=2048, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("with_prototypes", [True, False])
+@pytest.mark.parametrize(
+    "labels",
+    [[3] * 20, list(range(20)), [0, 0, 5, 5, 5, 19], [7], [2, 9]],
+    ids=["one class", "singletons", "empty classes", "one anchor", "two singletons"],
+)
+def test_label_distributions(labels: list[int], with_prototypes: bool, device: torch.device) -> None:
+    batch = random_batch(
+        device, len(labels), 20, 12, with_prototypes=with_prototypes, labels=torch.tensor(labels, dtype=torch.int64)
+    )
+    assert_as_exact_as_plain(batch)
+
+
+def test_anchors_without_a_positive_have_neither_loss_nor_gradient(device: torch.device) -> None:
+    batch = random_batch(device, 6, 6, 12, with_prototypes=False, labels=torch.arange(6))
+    upstream = torch.full((6,), float("nan"), device=device)  # not even from an upstream that is no number
+    losses, gradient = loss_and_gradients(backend.contrastive_loss, batch, upstream)
+    assert losses.eq(0).all()
+    assert gradient.eq(0).all()
+
+
+def test_empty_batch(device: torch.device) -> None:
+    batch = random_batch(device, 0, 5, 12)
+    losses, for_features, for_prototypes = loss_and_gradients(
+        backend.contrastive_loss, batch, torch.ones(0, device=device)
+    )
+    assert losses.shape == (0,)
+    assert for_features.shape == (0, 12)
+    assert for_prototypes.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_zero_rows_have_finite_gradients(dtype: torch.dtype, device: torch.device) -> None:
+    batch = random_batch(device, 20, 7, 12, dtype=dtype)
+    with torch.no_grad():
+        batch.features[3:5] = 0
+        batch.prototypes[2] = 0
+    truth, ours = (loss_and_gradients(loss, batch) for loss in (_reference, backend.contrastive_loss))
+    for exact, our in zip(truth, ours, strict=True):
+        scale = float(exact.abs().max())
+        torch.testing.assert_close(our.double(), exact.double(), rtol=0, atol=4 * torch.finfo(dtype).eps * scale + 1e-5)
+
+
+def _reference(batch: ContrastiveBatch) -> torch.Tensor:
+    from rcl_fast import reference
+
+    return reference.contrastive_loss(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sixteen_bits(
+    preset: str, dtype: torch.dtype, register_width: int, tiny_tiles: Tiles, device: torch.device
+) -> None:
+    tiny_tiles(register_width=register_width)
+    assert_as_exact_as_plain(random_batch(device, N=41, C=19, D=40, dtype=dtype, **PRESETS[preset]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{"compressed": True}, {"normalize": False, "temperature": 1.0}], ids=str)
+def test_sixteen_bits_with_other_options(options: dict, dtype: torch.dtype, device: torch.device) -> None:
+    assert_as_exact_as_plain(random_batch(device, N=41, C=19, D=40, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
+def test_float16_keeps_gradients_of_small_upstreams(
+    register_width: int, tiny_tiles: Tiles, device: torch.device
+) -> None:
+    """A mean over a large batch weighs each anchor below float16's range; long features weigh the weights down too."""
+    tiny_tiles(register_width=register_width)
+    small = random_batch(device, 30, 7, 24, dtype=torch.float16)
+    single = small._replace(
+        features=small.features.detach().float().requires_grad_(),
+        prototypes=small.prototypes.detach().float().requires_grad_(),
+    )
+    upstream = upstream_of(small)
+    _, *exact = loss_and_gradients(backend.contrastive_loss, single, upstream)
+    _, *half = loss_and_gradients(backend.contrastive_loss, small, 64 * upstream)
+    _, *tiny = loss_and_gradients(backend.contrastive_loss, small, 2.0**-12 * upstream)
+    for exactly, at_64, at_small in zip(exact, half, tiny, strict=True):
+        scale = exactly.abs().max()
+        torch.testing.assert_close(at_64.float() / 64 / scale, exactly / scale, rtol=0, atol=2e-3)
+        # Stored as float16, the smallest step is 2^-24: nothing else may be lost.
+        torch.testing.assert_close(
+            at_small.float(), exactly * 2.0**-12, rtol=2e-3, atol=2.0**-24 + 2e-3 * float(scale) * 2.0**-12
+        )
+
+
+@pytest.mark.parametrize(("left", "right"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_mixed_dtypes_are_promoted(left: torch.dtype, right: torch.dtype, device: torch.device) -> None:
+    mixed = random_batch(device, 20, 7, 12)
+    mixed = mixed._replace(
+        features=mixed.features.detach().to(left).requires_grad_(),
+        prototypes=mixed.prototypes.detach().to(right).requires_grad_(),
+    )
+    losses, *gradients = loss_and_gradients(backend.contrastive_loss, mixed)
+    assert losses.dtype == torch.float32
+    assert [gradient.dtype for gradient in gradients] == [left, right]
+    exact, *_ = loss_and_gradients(_reference, mixed)
+    torch.testing.assert_close(losses.double(), exact, rtol=0, atol=3e-5)
+
+
+def test_float64_is_sent_to_tiled(device: torch.device) -> None:
+    with pytest.raises(TypeError, match="tiled"):
+        backend.contrastive_loss(random_batch(device, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("programs", [1, 4, 1000], ids=["no split", "some", "one tile a split"])
+@pytest.mark.parametrize("temperature", [0.1, 0.02], ids=["bounded", "online"])
+def test_splits(programs: int, temperature: float, tiny_tiles: Tiles, device: torch.device) -> None:
+    tiny_tiles(programs=programs)
+    assert_as_exact_as_plain(random_batch(device, N=45, C=60, D=24, temperature=temperature))
+
+
+def test_workspace_in_chunks(tiny_tiles: Tiles, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    tiny_tiles(rows=64, keys=64, depth=32, register_width=0)
+    monkeypatch.setattr(configs, "WORKSPACE_BYTES", 1)  # the least chunk is 128 rows
+    assert_as_exact_as_plain(random_batch(device, N=150, C=11, D=24))
+
+
+def test_histogram_of_large_batches(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr(configs, "SCAN_LIMIT", 0)
+    assert_as_exact_as_plain(random_batch(device, N=45, C=19, D=24))
+
+
+@pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
+def test_the_same_bits_every_run(register_width: int, tiny_tiles: Tiles, device: torch.device) -> None:
+    tiny_tiles(register_width=register_width)
+    batch = random_batch(device, 45, 19, 24, dtype=torch.bfloat16)
+    first, second = (loss_and_gradients(backend.contrastive_loss, batch) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradient_is_the_losses_own_slope(device: torch.device) -> None:
+    """Central differences of the reference, in float64, along random directions."""
+    batch = random_batch(device, 18, 7, 12)
+    upstream = upstream_of(batch).double()
+    _, *gradients = loss_and_gradients(backend.contrastive_loss, batch)
+    make = torch.Generator().manual_seed(1)
+    for name, gradient in zip(("features", "prototypes"), gradients, strict=True):
+        rows = getattr(batch, name).detach().double()
+        direction = torch.randn(rows.shape, generator=make).to(device).double()
+        step = 1e-5
+        above, below = (
+            (_reference(batch._replace(**{name: rows + sign * step * direction})) * upstream).sum() for sign in (1, -1)
+        )
+        slope = (above - below) / (2 * step)
+        torch.testing.assert_close((gradient.double() * direction).sum(), slope, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(data=st.data())
+def test_generated_shapes_and_classes(data: st.DataObject, tiny_tiles: Tiles, device: torch.device) -> None:
+    C = data.draw(st.integers(1, 40), label="C")
+    labels = data.draw(st.lists(st.integers(0, C - 1), min_size=1, max_size=45), label="labels")
+    D = data.draw(st.integers(1, 50), label="D")
+    tiny_tiles(
+        rows=data.draw(st.sampled_from([16, 32]), label="rows"),
+        keys=data.draw(st.sampled_from([16, 32]), label="keys"),
+        programs=data.draw(st.sampled_from([1, 3, 50]), label="programs"),
+        register_width=data.draw(st.sampled_from([0, 64]), label="register_width"),
+    )
+    batch = random_batch(
+        device,
+        len(labels),
+        C,
+        D,
+        dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), label="dtype"),
+        class_average=data.draw(st.booleans(), label="class_average"),
+        rebalance=data.draw(st.booleans(), label="rebalance"),
+        with_prototypes=data.draw(st.booleans(), label="with_prototypes"),
+        compressed=data.draw(st.booleans(), label="compressed"),
+        temperature=data.draw(st.sampled_from([0.05, 0.1, 1.0]), label="temperature"),
+        labels=torch.tensor(labels),
+        seed=data.draw(st.integers(0, 3), label="seed"),
+    )
+    assert_as_exact_as_plain(batch)
