@@ -36,7 +36,7 @@ lock: .venv/installed
 	$(BIN)/uv pip compile requirements.in setup.py --extra train --extra dali --extra dev --universal \
 		--python-version 3.10 --no-header --no-annotate --quiet --upgrade --output-file requirements.lock
 
-.venv/installed: requirements.lock setup.py pyproject.toml
+.venv/installed: requirements.lock setup.py pyproject.toml $(wildcard kernels/__init__.py train/__init__.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "Python 3.10 or newer is needed, $$($(PYTHON) --version) found: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
