@@ -55,6 +55,7 @@ setup(
             "pytest>=8.0",
             "hypothesis>=6.100",  # generated shapes and class distributions
             "pytest-benchmark>=4.0",
+            "matplotlib>=3.8",  # bench/plot.py draws the figures of the results
             "ruff>=0.6",
             "mypy>=1.11",
         ],

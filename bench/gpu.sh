@@ -26,6 +26,8 @@ for argument in "$@"; do
 done
 
 PYTHON=$(command -v "${PYTHON:-python3}")
+[[ $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
+[[ -z ${WHEELS:-} ]] || WHEELS=$(realpath "$WHEELS")
 PEERS=()
 for peer in BCL SUPCONTRAST; do
   [[ -z ${!peer:-} ]] || PEERS+=("--${peer,,}" "$(realpath "${!peer}")")
