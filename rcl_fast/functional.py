@@ -106,18 +106,17 @@ def _reduced(batch: ContrastiveBatch, reduction: str, backend: str) -> Tensor:
         if reduction == "none":
             return triton.contrastive_loss(batch)
         return triton.reduced_contrastive_loss(batch, reduction)
-    has_positive = positives_per_anchor(batch) > 0
     if backend == "tiled" and reduction != "none":
-        return tiled.weighted_contrastive_loss(batch, _reduction_weights(has_positive, reduction))
+        return tiled.weighted_contrastive_loss(batch, _reduction_weights(batch, reduction))
     losses = {"tiled": tiled, "dense": dense, "reference": reference}[backend].contrastive_loss(batch)
     if reduction == "none":
         return losses
-    return (losses * _reduction_weights(has_positive, reduction).to(losses.dtype)).sum()
+    return (losses * _reduction_weights(batch, reduction).to(losses.dtype)).sum()
 
 
-def _reduction_weights(has_positive: Tensor, reduction: str) -> Tensor:
+def _reduction_weights(batch: ContrastiveBatch, reduction: str) -> Tensor:
     """[N] float64: what each anchor's loss counts for; "mean" is over the anchors that have a positive."""
-    weights = has_positive.double()
+    weights = (positives_per_anchor(batch) > 0).double()
     return weights / weights.sum().clamp(min=1) if reduction == "mean" else weights
 
 
