@@ -1,5 +1,6 @@
 """Supervised contrastive losses for long-tailed classification (SCL, BCL, and either with RCL), fast and tested."""
 
+from rcl_fast.backends.choice import explain_backend
 from rcl_fast.functional import contrastive_loss
 from rcl_fast.losses import (
     LDAM,
@@ -18,5 +19,6 @@ __all__ = [
     "CrossEntropy",
     "LogitAdjusted",
     "contrastive_loss",
+    "explain_backend",
 ]
 __version__ = "0.1.0"

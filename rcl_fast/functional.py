@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rcl_fast import checks, reference
-from rcl_fast.backends import dense, tiled
+from rcl_fast.backends import choice, dense, tiled
 from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, ranks
 
 BACKENDS = ("auto", "triton", "tiled", "dense", "reference")
@@ -55,8 +55,8 @@ def contrastive_loss(
         compression: [C] factor on the unit features and prototypes of each class (section 3.3.2).
         normalize: divide features and prototypes by their length; False where they already have unit length.
         reduction: "mean" over the anchors that have a positive, "sum", or "none": [N], 0 without a positive.
-        backend: "auto", "tiled" (CPU and CUDA, no N×M memory), "dense" (plain PyTorch), "reference" (float64 oracle),
-            "triton" (GPU kernels, not yet run on a GPU: "auto" does not take them).
+        backend: "triton" (GPU kernels), "tiled" (any device, no N×M memory), "dense" (plain PyTorch), "reference"
+            (float64 oracle), or "auto": one of the first two, which `rcl_fast.explain_backend` tells.
         group: reserved for the loss over all processes.
         validate: check also the values of tensors on a GPU, which costs a synchronisation.
 
@@ -72,7 +72,7 @@ def contrastive_loss(
     ...                         class_average=True, rebalance=True)                    # BCL+RCL
     """
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    backend = resolve_backend(backend)
+    checks.check_choice("backend", backend, BACKENDS)
     if group is not None:
         raise NotImplementedError("group is not built yet: the loss is of this process's anchors only; pass group=None")
     batch = _checked_batch(
@@ -89,14 +89,13 @@ def contrastive_loss(
     )
     # The products are the loss's own business: autocast would round its similarities to 16 bits.
     with torch.autocast(features.device.type, enabled=False):
-        return _reduced(batch, reduction, backend)
+        return _reduced(batch, reduction, _automatic(batch) if backend == "auto" else backend)
 
 
-def resolve_backend(backend: str) -> str:
-    """The backend that a name stands for; raises ValueError for an unknown one."""
-    checks.check_choice("backend", backend, BACKENDS)
-    # The kernels are proved under Triton's interpreter and have not run on a GPU yet: they are there for the asking.
-    return "tiled" if backend == "auto" else backend
+def _automatic(batch: ContrastiveBatch) -> str:
+    features, prototypes = batch.features, batch.prototypes
+    dtype = features.dtype if prototypes is None else torch.promote_types(features.dtype, prototypes.dtype)
+    return choice.automatic(features.device, dtype)
 
 
 def _reduced(batch: ContrastiveBatch, reduction: str, backend: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcl_fast import checks
-from rcl_fast.functional import contrastive_loss, resolve_backend
+from rcl_fast.functional import BACKENDS, contrastive_loss
 from rcl_fast.weights import effective_number_weights, log_prior
 
 
@@ -62,7 +62,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         checks.check_temperature(temperature)
         checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-        resolve_backend(backend)
+        checks.check_choice("backend", backend, BACKENDS)
         if class_counts is not None:
             class_counts = checks.as_class_vector("class_counts", class_counts).clone()
             checks.check_class_counts(class_counts, rebalance, validate=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from batches import PRESETS, assert_as_exact_as_plain, loss_and_gradients, random_batch, upstream_of
+from batches import PRESETS, assert_as_exact_as_plain, leaves, loss_and_gradients, random_batch, upstream_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -232,21 +232,37 @@ def test_the_same_bits_every_run(register_width: int, tiny_tiles: Tiles, device:
         assert torch.equal(one, other)
 
 
-def test_gradient_is_the_losses_own_slope(device: torch.device) -> None:
-    """Central differences of the reference, in float64, along random directions."""
-    batch = random_batch(device, 18, 7, 12)
-    upstream = upstream_of(batch).double()
-    _, *gradients = loss_and_gradients(backend.contrastive_loss, batch)
-    make = torch.Generator().manual_seed(1)
-    for name, gradient in zip(("features", "prototypes"), gradients, strict=True):
-        rows = getattr(batch, name).detach().double()
-        direction = torch.randn(rows.shape, generator=make).to(device).double()
-        step = 1e-5
-        above, below = (
-            (_reference(batch._replace(**{name: rows + sign * step * direction})) * upstream).sum() for sign in (1, -1)
-        )
-        slope = (above - below) / (2 * step)
-        torch.testing.assert_close((gradient.double() * direction).sum(), slope, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("register_width", [64, 0], ids=["registers", "workspace"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *PRESETS.values(),
+        {"compressed": True},
+        {"temperature": 0.03},  # the online sum
+        {"normalize": False, "temperature": 1.0},
+    ],
+    ids=str,
+)
+def test_jacobian_is_that_of_central_differences(
+    options: dict, register_width: int, tiny_tiles: Tiles, device: torch.device
+) -> None:
+    """gradcheck, with float64 differences of the reference: every anchor's loss by every number of its inputs."""
+    tiny_tiles(register_width=register_width)
+    batch = random_batch(device, N=7, C=4, D=8, **options)
+    losses, wanted = backend.contrastive_loss(batch), leaves(batch)
+    each_anchor = [torch.autograd.grad(loss, wanted, retain_graph=True) for loss in losses]
+    for rows, *gradients in zip(wanted, *each_anchor, strict=True):
+        name = "features" if rows is batch.features else "prototypes"
+        exact, slopes, step = rows.detach().double(), [], 1e-5
+        for number in range(rows.numel()):
+            nudge = torch.zeros_like(exact)
+            nudge.view(-1)[number] = step
+            above, below = (_reference(batch._replace(**{name: exact + way * nudge})) for way in (1, -1))
+            slopes.append((above - below) / (2 * step))
+        expected, found = torch.stack(slopes, dim=1).detach(), torch.stack(gradients).flatten(1).double()
+        # A gradient is a sum of terms that cancel: float32's rounding of terms up to the largest gradient and 1/T.
+        rounding = 16 * torch.finfo(torch.float32).eps * (float(expected.abs().max()) + 1 / batch.temperature)
+        torch.testing.assert_close(found, expected, rtol=0, atol=rounding + 1e-8)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
