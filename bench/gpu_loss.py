@@ -10,8 +10,6 @@ warm before anything is timed; each round runs every variant once; inputs rotate
 has; figures are medians of the rounds. No figure comes from a wrong result: first our gradients are compared with
 float64's.
 
-BCL's BalSCL needs one line mended on a current PyTorch, which refuses to index a CPU matrix with CUDA indices:
-`torch.eye(n)[targets]` becomes `torch.eye(n, device=device)[targets]`, in memory, as the file is loaded.
 SupContrast and pytorch-metric-learning compute the plain loss, without prototypes, on the same anchors: less work.
 """
 
@@ -26,47 +24,31 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import machine
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from rcl_fast import contrastive_loss
+from cases import (
+    Case,
+    Inputs,
+    Loss,
+    available_backends,
+    draw,
+    metric_learning,
+    ours,
+    published_bcl,
+    run,
+    supcontrast,
+    synchronize,
+)
 
 OURS = ("triton", "tiled", "dense", "dense, compiled")
-TEMPERATURE = 0.1
 TILED_OPERATIONS = 5e13  # beyond, `tiled` takes many seconds a call
 COPIES = 1024  # sets of inputs at most
 GRAPH_SECONDS = 0.05  # of one replay, about
 ROUND_SECONDS = 0.02  # of one variant's turn, about: eager calls are too short to time one by one
-
-
-class Case(NamedTuple):
-    """N anchors = 2 views of N/2 samples with long-tailed labels, and prototypes: BCL's loss."""
-
-    name: str
-    anchors: int
-    classes: int
-    dimensions: int
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.anchors:,} anchors, C={self.classes}, D={self.dimensions}"
-
-    @property
-    def operations(self) -> int:
-        """Of the matrix products that the algorithm needs: 2·N·M·D forward, 4·N·M·D and 4·C·N·D backward."""
-        N, C, D = self.anchors, self.classes, self.dimensions
-        return 6 * N * (N + C) * D + 4 * C * N * D
-
-    @property
-    def matrix_bytes(self) -> int:
-        """One float32 matrix of all similarities."""
-        return 4 * self.anchors * (self.anchors + self.classes)
 
 
 CASES = (
@@ -81,89 +63,11 @@ CASES = (
 TINY_CASES = (Case("tiny", 32, 5, 16), Case("tiny, wide", 32, 11, 320))
 
 
-class Inputs(NamedTuple):
-    features: Tensor  # [N, D], a leaf; the views of a sample are neighbours
-    labels: Tensor  # [N]
-    prototypes: Tensor  # [C, D], a leaf
-
-
-Loss = Callable[[Inputs], Tensor]
-
-
 class Peers(NamedTuple):
     """Files of repositories that are no part of ours; None: not measured."""
 
     bcl: Path | None = None
     supcontrast: Path | None = None
-
-
-def draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    generator = torch.Generator(device).manual_seed(seed)
-    shares = 1 / torch.arange(1, case.classes + 1, device=device).float()
-    labels = torch.multinomial(shares, case.anchors // 2, replacement=True, generator=generator)
-
-    def rows(count: int) -> Tensor:
-        return torch.randn(count, case.dimensions, device=device, dtype=dtype, generator=generator).requires_grad_()
-
-    return Inputs(rows(case.anchors), labels.repeat_interleave(2), rows(case.classes))
-
-
-def ours(backend: str) -> Loss:
-    """The public function, as a training loop calls it."""
-
-    def loss(inputs: Inputs) -> Tensor:
-        features, labels, prototypes = inputs
-        return contrastive_loss(
-            features, labels, prototypes=prototypes, temperature=TEMPERATURE, class_average=True, backend=backend
-        )
-
-    return loss
-
-
-def available_backends(device: torch.device) -> tuple[str, ...]:
-    """What the machine runs, the fastest first; the float64 reference is for tests."""
-    return ("triton", "tiled", "dense") if device.type == "cuda" else ("tiled", "dense")
-
-
-def published_bcl(path: Path, classes: int) -> Loss:
-    """BCL's BalSCL, which wants views [B, 2, D] and unit rows."""
-    mended = path.read_text(encoding="utf-8").replace(
-        "torch.eye(len(self.cls_num_list))[", "torch.eye(len(self.cls_num_list), device=device)["
-    )
-    criterion = _module("published_bcl", path, mended).BalSCL([1] * classes, temperature=TEMPERATURE)
-
-    def loss(inputs: Inputs) -> Tensor:
-        features, labels, prototypes = inputs
-        return criterion(
-            F.normalize(prototypes, dim=1), F.normalize(features, dim=1).unflatten(0, (-1, 2)), labels[::2]
-        )
-
-    return loss
-
-
-def supcontrast(path: Path) -> Loss:
-    """SupContrast's SupConLoss: no prototypes."""
-    module = _module("published_supcontrast", path, path.read_text(encoding="utf-8"))
-    criterion = module.SupConLoss(temperature=TEMPERATURE, base_temperature=TEMPERATURE)
-
-    def loss(inputs: Inputs) -> Tensor:
-        return criterion(F.normalize(inputs.features, dim=1).unflatten(0, (-1, 2)), inputs.labels[::2])
-
-    return loss
-
-
-def metric_learning() -> Loss:
-    """pytorch-metric-learning's SupConLoss: no prototypes; it normalises."""
-    from pytorch_metric_learning.losses import SupConLoss
-
-    criterion = SupConLoss(temperature=TEMPERATURE)
-    return lambda inputs: criterion(inputs.features, inputs.labels)
-
-
-def _module(name: str, path: Path, text: str) -> ModuleType:
-    module = ModuleType(name)
-    exec(compile(text, str(path), "exec"), module.__dict__)
-    return module
 
 
 def variants(case: Case, peers: Peers, device: torch.device) -> dict[str, Loss]:
@@ -187,11 +91,6 @@ def is_feasible(variant: str, case: Case, device: torch.device) -> bool:
     if variant == "tiled":
         return case.operations < TILED_OPERATIONS
     return 8 * case.matrix_bytes < torch.cuda.get_device_properties(device).total_memory
-
-
-def run(loss: Loss, inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Forward and backward pass: the gradients of features and prototypes (None: the loss has none)."""
-    return torch.autograd.grad(loss(inputs), (inputs.features, inputs.prototypes), allow_unused=True)
 
 
 def gradient_error(loss: Loss, inputs: Inputs) -> float:
@@ -220,11 +119,6 @@ def check(name: str, loss: Loss, case: Case, inputs: Inputs) -> float | None:
             )
         return error
     return None
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def input_sets(case: Case, device: torch.device, dtype: torch.dtype) -> list[Inputs]:

@@ -1,15 +1,15 @@
-"""Time and memory of the loss on a CPU, forward and backward: our backends, BCL's published code, and the limit.
+"""Time and memory of the loss, forward and backward: our backends, BCL's published code, and the limit.
 
     python bench/loss.py                                  our backends and three matrix products alone
     python bench/loss.py --peer BCL/loss/contrastive.py   with the published code (its repository is not part of ours)
 
-Each round runs every variant once, so that a slow moment of the machine meets all alike; figures are medians. Memory
-is the peak increase of the process over its inputs, each variant in a process of its own.
+On a CPU. On a machine with a CUDA GPU this is `bench/gpu_loss.py speed`, which has CUDA graphs and more peers. Each
+round runs every variant once, so that a slow moment of the machine meets all alike; figures are medians. Memory is the
+peak increase of the process over its inputs, each variant in a process of its own.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import statistics
@@ -17,37 +17,27 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import gpu_loss
 import machine
 import torch
 import tyro
+from cases import TEMPERATURE, Case, Inputs, Loss, draw, ours, published_bcl, run
 from rich.console import Console
 from rich.table import Table
-from torch.nn import functional as F
+from torch import Tensor
 
 from rcl_fast import contrastive_loss
 
-
-class Case(NamedTuple):
-    """N anchors = 2 views of B samples; float32, long-tailed labels, prototypes (BCL's loss)."""
-
-    samples: int
-    classes: int
-    dimensions: int
-
-    def __str__(self) -> str:
-        return f"{self.samples}×2 anchors, C={self.classes}, D={self.dimensions}"
-
-
-CASES = [Case(256, 1000, 1024), Case(256, 8142, 1024), Case(4096, 1000, 128)]
-
-
-class Inputs(NamedTuple):
-    features: torch.Tensor  # [B, 2, D], a leaf
-    labels: torch.Tensor  # [B]
-    prototypes: torch.Tensor  # [C, D], a leaf
+CASES = [
+    Case("ImageNet-LT batch", 512, 1000, 1024),
+    Case("iNaturalist batch", 512, 8142, 1024),
+    Case("large batch", 8192, 1000, 128),
+]
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -57,14 +47,20 @@ class Options:
     peer: Path | None = None
     """The file loss/contrastive.py of BCL's repository."""
     rounds: int = 7
-    """Rounds of each case; the first one warms up and is not counted."""
+    """On a CPU: rounds of each case; the first one warms up and is not counted."""
     threads: int = 2
-    """CPU threads of PyTorch."""
+    """On a CPU: PyTorch's threads."""
     output: Path | None = None
     """File of JSON lines to append the rows to."""
 
 
 def main(options: Options) -> None:
+    if options.peer is not None and not options.peer.is_file():
+        raise SystemExit(f"--peer {options.peer}: no such file; give loss/contrastive.py of BCL's repository")
+    if torch.cuda.is_available():
+        paths = {"--bcl": options.peer, "--output": options.output}
+        gpu_loss.main(["speed", *(part for name, path in paths.items() if path for part in (name, str(path)))])
+        return
     torch.set_num_threads(options.threads)
     console = Console()
     for case in CASES:
@@ -75,79 +71,39 @@ def main(options: Options) -> None:
                 file.writelines(json.dumps({"case": str(case), **row, **machine.describe()}) + "\n" for row in rows)
 
 
-def draw(case: Case) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    shares = 1 / torch.arange(1, case.classes + 1).float()
-    return Inputs(
-        torch.randn(case.samples, 2, case.dimensions, generator=generator).requires_grad_(),
-        torch.multinomial(shares, case.samples, replacement=True, generator=generator),
-        torch.randn(case.classes, case.dimensions, generator=generator).requires_grad_(),
-    )
-
-
-Variant = Callable[[Inputs], None]
-
-
-def variants(case: Case, peer: Path | None) -> dict[str, Variant]:
+def variants(case: Case, peer: Path | None) -> dict[str, Callable[[Inputs], Any]]:
     """Each runs forward and backward once."""
-    found: dict[str, Variant] = {}
+    found: dict[str, Loss] = {}
     if peer is not None:
-        found["published"] = published(peer, case)
+        found["published"] = published_bcl(peer, case.classes)
     found["dense"] = ours("dense")
     found["tiled, per anchor"] = ours_per_anchor("tiled")
     found["tiled"] = ours("tiled")
-    found["three products"] = three_products
-    return found
+    both_passes = {name: partial(run, loss) for name, loss in found.items()}
+    return {**both_passes, "three products": three_products}
 
 
-def ours(backend: str) -> Variant:
-    def run(inputs: Inputs) -> None:
-        features, labels, prototypes = inputs
-        contrastive_loss(
-            features, labels, prototypes=prototypes, temperature=0.1, class_average=True, backend=backend
-        ).backward()
-
-    return run
-
-
-def ours_per_anchor(backend: str) -> Variant:
+def ours_per_anchor(backend: str) -> Loss:
     """Through reduction="none", whose upstream gradient is not known before backward."""
 
-    def run(inputs: Inputs) -> None:
+    def loss(inputs: Inputs) -> Tensor:
         features, labels, prototypes = inputs
-        losses = contrastive_loss(
+        return contrastive_loss(
             features,
             labels,
             prototypes=prototypes,
-            temperature=0.1,
+            temperature=TEMPERATURE,
             class_average=True,
             backend=backend,
             reduction="none",
-        )
-        losses.mean().backward()
+        ).mean()
 
-    return run
-
-
-def published(path: Path, case: Case) -> Variant:
-    """BCL's BalSCL, which wants normalised features."""
-    spec = importlib.util.spec_from_file_location("published_bcl", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise SystemExit(f"--peer {path}: not a Python file; give loss/contrastive.py of BCL's repository")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    criterion = module.BalSCL([1] * case.classes, temperature=0.1)
-
-    def run(inputs: Inputs) -> None:
-        features, labels, prototypes = inputs
-        criterion(F.normalize(prototypes, dim=1), F.normalize(features, dim=2), labels).backward()
-
-    return run
+    return loss
 
 
 def three_products(inputs: Inputs) -> None:
     """The limit of any way that computes each similarity once: one matrix product forward, two backward."""
-    anchors = inputs.features.detach().flatten(0, 1)
+    anchors = inputs.features.detach()
     keys = torch.cat([anchors, inputs.prototypes.detach()])
     similarities = anchors @ keys.T
     similarities @ keys
@@ -155,14 +111,13 @@ def three_products(inputs: Inputs) -> None:
 
 
 def measure(case: Case, options: Options) -> list[dict[str, Any]]:
-    inputs, runs = draw(case), variants(case, options.peer)
+    inputs, runs = draw(case, CPU, torch.float32), variants(case, options.peer)
     agree(inputs, runs)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds + 1):
-        for name, run in runs.items():
-            inputs.features.grad = inputs.prototypes.grad = None
+        for name, both_passes in runs.items():
             began = time.perf_counter()
-            run(inputs)
+            both_passes(inputs)
             seconds[name].append(time.perf_counter() - began)
     rows = []
     for name, values in seconds.items():
@@ -179,13 +134,9 @@ def measure(case: Case, options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-def agree(inputs: Inputs, runs: dict[str, Variant]) -> None:
+def agree(inputs: Inputs, runs: dict[str, Callable[[Inputs], Any]]) -> None:
     """No figure from a wrong result: every variant's gradients equal dense's."""
-    gradients = {}
-    for name in runs.keys() - {"three products"}:
-        inputs.features.grad = inputs.prototypes.grad = None
-        runs[name](inputs)
-        gradients[name] = inputs.features.grad, inputs.prototypes.grad
+    gradients = {name: runs[name](inputs) for name in runs.keys() - {"three products"}}
     for name, pair in gradients.items():
         for found, expected in zip(pair, gradients["dense"], strict=True):
             difference = ((found - expected).norm() / expected.norm()).item()
@@ -202,13 +153,13 @@ def peak_increase_alone(variant: str, case: Case, options: Options) -> float | N
 def peak_increase(variant: str, case: Case, options: Options) -> float | None:
     """Megabytes by which the process's peak resident memory exceeds what it held before; None where not on Linux."""
     torch.set_num_threads(options.threads)
-    run, inputs = variants(case, options.peer)[variant], draw(case)
+    both_passes, inputs = variants(case, options.peer)[variant], draw(case, CPU, torch.float32)
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
     reset.write_text("5")  # forget the peak so far
     before = _kilobytes(status, "VmRSS")
-    run(inputs)
+    both_passes(inputs)
     return (_kilobytes(status, "VmHWM") - before) / 1e3
 
 

@@ -10,22 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import gpu_loss
 import pytest
 import torch
-from gpu_loss import Case
+from cases import Case, available_backends, draw, ours, run, synchronize
+from gpu_loss import CASES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The reference is a Python loop over anchors and keys: only where it ends soon.
 TINY = Case("tiny", 32, 20, 32)
 CPU_CASES = (TINY, Case("CIFAR batch", 512, 100, 128), Case("ImageNet-LT batch", 512, 1000, 1024))
-GPU_CASES = (TINY, *(case for case in gpu_loss.CASES if case.anchors <= 16384))
+GPU_CASES = (TINY, *(case for case in CASES if case.anchors <= 16384))
 
 
 def pairs() -> Iterator[tuple[Case, str]]:
     """The backends of a case follow each other, as near to interleaving as pytest-benchmark comes."""
     for case in GPU_CASES if DEVICE.type == "cuda" else CPU_CASES:
-        for backend in (*gpu_loss.available_backends(DEVICE), *(("reference",) if case == TINY else ())):
+        for backend in (*available_backends(DEVICE), *(("reference",) if case == TINY else ())):
             yield case, backend
 
 
@@ -38,10 +38,10 @@ def pairs() -> Iterator[tuple[Case, str]]:
 )
 def test_forward_and_backward(case: Case, backend: str, benchmark: Any) -> None:
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    inputs, loss = gpu_loss.draw(case, DEVICE, dtype), gpu_loss.ours(backend)
+    inputs, loss = draw(case, DEVICE, dtype), ours(backend)
 
     def call() -> None:
-        gpu_loss.run(loss, inputs)
-        gpu_loss.synchronize(DEVICE)
+        run(loss, inputs)
+        synchronize(DEVICE)
 
     benchmark.pedantic(call, warmup_rounds=2, rounds=10)
