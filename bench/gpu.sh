@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Proof on a CUDA GPU within ten minutes: all tests of the loss, then speed, then memory. PyTorch's image suffices, without network.
+# Proof on a CUDA GPU within ten minutes: all tests of the loss, its speed, its memory, then the loaders and the trainer.
+# PyTorch's image suffices, without network.
 #
 #   bench/gpu.sh OUT                        everything; a failing test stops it
-#   bench/gpu.sh OUT gate|speed|memory      one part
+#   bench/gpu.sh OUT gate|speed|memory|data one part
 #   bench/gpu.sh OUT [PART] --dry-run       any machine: proves this script, keeps no figure
 #
-# OUT gets gate.log, speed.jsonl and memory.jsonl. Set in the environment, where you have them:
+# OUT gets gate.log, speed.jsonl, memory.jsonl and data.jsonl. Set in the environment, where you have them:
 #   BCL=loss/contrastive.py of BCL's repository, SUPCONTRAST=losses.py of SupContrast's: published code to compare with
-#   PYTHON=python3     WHEELS=folder of `pip download pytest hypothesis`, for an image without them
+#   CIFAR=folder of cifar100_lt, JPEGS=folder of JPEG files below class folders: without them images are made up
+#   PYTHON=python3     WHEELS=folder of `pip download pytest hypothesis 'rcl-fast[train]'`, for an image without them
 set -euo pipefail
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
 
 [[ $# -ge 1 && $1 != -* ]] || usage
 mkdir -p "$1"
@@ -19,7 +21,7 @@ shift
 PART=all DRY=
 for argument in "$@"; do
   case $argument in
-    gate | speed | memory) PART=$argument ;;
+    gate | speed | memory | data) PART=$argument ;;
     --dry-run) DRY=--dry-run ;;
     *) usage ;;
   esac
@@ -32,6 +34,9 @@ PEERS=()
 for peer in BCL SUPCONTRAST; do
   [[ -z ${!peer:-} ]] || PEERS+=("--${peer,,}" "$(realpath "${!peer}")")
 done
+for images in CIFAR JPEGS; do
+  [[ -z ${!images:-} ]] || declare "$images=$(realpath "${!images}")"
+done
 cd "$(dirname "$0")/.."
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -41,28 +46,39 @@ mkdir -p "$WORK/import/rcl_fast"
 ln -s "$PWD"/rcl_fast/* "$PWD"/kernels "$PWD"/train "$WORK/import/rcl_fast/"
 export PYTHONPATH="$WORK/import${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
+if ! "$PYTHON" -c 'import torch' 2> "$WORK/import.log"; then
+  echo "gpu.sh: $PYTHON has no PyTorch; name one that has it: PYTHON=.venv/bin/python bench/gpu.sh ..." >&2
+  exit 1
+fi
 if [[ -z $DRY ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu.sh: PyTorch ($PYTHON) sees no CUDA device; --dry-run proves the script without one" >&2
   exit 1
 fi
 
-has_pytest() { "$PYTHON" -c 'import pytest, hypothesis' 2> "$WORK/import.log"; }
+has() { "$PYTHON" -c "import $1" 2> "$WORK/import.log"; }
+
+bring() { # PACKAGE...: from WHEELS, where they are missing
+  local names="${*/%/,}"
+  has "${names%,}" || [[ -z ${WHEELS:-} ]] ||
+    "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" --target "$WORK/import" "$@"
+  has "${names%,}"
+}
+
+# Without the current folder on the path, where rcl_fast/ lacks the kernels.
+PYTEST=("$PYTHON" -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))')
 
 # Real compilation takes most of the time: the tests are dealt to as many processes as there are cores, up to 16.
 gate() {
-  if ! has_pytest && [[ -n ${WHEELS:-} ]]; then
-    "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" --target "$WORK/import" pytest hypothesis
-  fi
-  if ! has_pytest; then
+  if ! bring pytest hypothesis; then
     echo "gate: no pytest and hypothesis here (WHEELS=folder brings them): the shipped configurations only"
     [[ -n $DRY ]] || timeout 270 "$PYTHON" tests/kernels/shipped.py
     return
   fi
-  "$PYTHON" -m pytest --collect-only -q tests/rcl_fast tests/kernels | grep '^tests/.*::' > "$WORK/tests"
+  "${PYTEST[@]}" --collect-only -q tests/rcl_fast tests/kernels | grep '^tests/.*::' > "$WORK/tests"
   local shards=$(($(nproc) < 16 ? $(nproc) : 16)) processes=() failed=0
   split --number="r/$shards" "$WORK/tests" "$WORK/shard."
   for shard in "$WORK"/shard.*; do
-    timeout 270 "$PYTHON" -m pytest -q ${DRY:+--collect-only} "@$shard" > "$shard.log" 2>&1 &
+    timeout 270 "${PYTEST[@]}" -q ${DRY:+--collect-only} "@$shard" > "$shard.log" 2>&1 &
     processes+=($!)
   done
   for process in "${processes[@]}"; do wait "$process" || failed=1; done
@@ -77,8 +93,23 @@ measure() { # PART SECONDS
   timeout "$2" "$PYTHON" bench/gpu_loss.py "$1" --output "$OUT/$1.jsonl" $DRY "${PEERS[@]}"
 }
 
+# The loaders alone, then the trainer: with what they bring, and with noise.
+data() {
+  if ! bring tyro rich tensorboard plotly jinja2; then
+    echo "data: left out, as tyro, rich, tensorboard, plotly or jinja2 is missing (WHEELS=folder brings them)"
+    return
+  fi
+  local images=() part
+  [[ -z ${CIFAR:-} ]] || images+=(--cifar "$CIFAR")
+  [[ -z ${JPEGS:-} ]] || images+=(--jpegs "$JPEGS")
+  for part in "" --train; do
+    timeout 120 "$PYTHON" bench/data.py $part "${images[@]}" --workers "$(nproc)" --output "$OUT/data.jsonl" $DRY
+  done
+}
+
 began=$SECONDS
 [[ $PART != all && $PART != gate ]] || gate 2>&1 | tee "$OUT/gate.log"
 [[ $PART != all && $PART != speed ]] || measure speed 240
 [[ $PART != all && $PART != memory ]] || measure memory 80
+[[ $PART != all && $PART != data ]] || data
 echo "gpu.sh: $PART done in $((SECONDS - began)) s; rows in $OUT"
