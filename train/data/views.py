@@ -112,10 +112,9 @@ def view(kind: ViewKind, options: ViewOptions) -> View:
     raise ValueError(f"unknown kind of view {kind!r}: expected one of {', '.join(ViewKind.__args__)}")
 
 
-def training_views(options: ViewOptions, contrastive: bool) -> list[View]:
+def training_kinds(options: ViewOptions, contrastive: bool) -> tuple[ViewKind, ...]:
     """The views x1, x2, x3 of a training image; x1 alone where there is no contrastive loss to see the others."""
-    kinds = (options.x1, options.x2, options.x3) if contrastive else (options.x1,)
-    return [view(kind, options) for kind in kinds]
+    return (options.x1, options.x2, options.x3) if contrastive else (options.x1,)
 
 
 def evaluation_view(options: ViewOptions) -> View:
