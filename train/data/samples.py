@@ -1,8 +1,8 @@
 """Labelled images, wherever they lie: as files, or in memory."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,9 +55,9 @@ def open_image(samples: Samples, index: int) -> Image.Image:
         return Image.fromarray(image)
     try:
         with Image.open(image) as opened:
-            return opened.convert("RGB")
+            return _rgb(opened)
     except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-        raise BadImage(f"cannot read {describe(samples, index)}: {_cause(Path(image), error)}") from error
+        raise BadImage(f"cannot read {describe(samples, index)}: {_cause(image, error)}") from error
 
 
 def describe(samples: Samples, index: int) -> str:
@@ -68,9 +68,18 @@ def describe(samples: Samples, index: int) -> str:
     return f"the image {image}" + (f" ({samples.origins[index]})" if samples.origins else "")
 
 
-def _cause(path: Path, error: Exception) -> str:
+def _rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel; Pillow would clip 16-bit gray to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no agreed range: convert them to 8 bits")
+    return image.convert("RGB")
+
+
+def _cause(path: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    if path.is_file() and path.stat().st_size == 0:
+    if os.path.isfile(path) and os.path.getsize(path) == 0:  # pathlib's raise for a name that no file can have
         return "the file is empty"
     return f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ from PIL import Image
 from rcl_fast.train.data.cifar import CIFARS, Cifar
 from rcl_fast.train.data.datasets import DATASETS, BadImage, Splits, load_splits, open_image
 from rcl_fast.train.data.digits import digits_lt
+from rcl_fast.train.data.samples import Samples
 
 Lists = Callable[..., Path]
 
@@ -366,3 +367,18 @@ class TestOpenImage:
         line = int(Path(held.images[0]).stem) + 1
         with pytest.raises(BadImage, match=rf"a/{line - 1}\.jpg \(iNaturalist18_train\.txt, line {line}\)"):
             open_image(held, 0)
+
+
+def test_16_bit_gray_keeps_its_shades(tmp_path: Path) -> None:
+    """Pillow alone would clip it to white."""
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    opened = open_image(Samples([str(tmp_path / "ramp.png")], np.zeros(1, np.int64)), 0)
+    assert np.array_equal(np.asarray(opened), np.rint(ramp / 257).astype(np.uint8)[..., None].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_an_agreed_range_are_refused(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "image.tiff")
+    with pytest.raises(BadImage, match="no agreed range: convert them to 8 bits"):
+        open_image(Samples([str(tmp_path / "image.tiff")], np.zeros(1, np.int64)), 0)

@@ -1,0 +1,106 @@
+"""Every image file decoded once, in parallel, and what is found out about it."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rcl_fast.train.data.manifest import Entry
+from rcl_fast.train.data.samples import BadImage, Samples, describe, open_image
+
+CHUNK = 32  # images that a process is handed at once: some tenths of a second's work
+
+
+def examined(unseen: Sequence[Entry], data: Path, workers: int) -> Iterator[Entry]:
+    """Each entry as `examine` completes it, in order, by `workers` processes; 0: by this one.
+
+    Raises SystemExit where a process dies.
+    """
+    look = partial(examine, data=data)
+    if workers == 0:
+        yield from map(look, unseen)
+        return
+    pool = ProcessPoolExecutor(workers, _processes(), initializer=signal.signal, initargs=_IGNORE_INTERRUPTS)
+    done = 0
+    try:
+        for entry in pool.map(look, unseen, chunksize=CHUNK):
+            yield entry
+            done += 1
+    except BrokenProcessPool as error:
+        raise SystemExit(
+            f"a process died, short of memory or of a decoder's crash, on the images from {unseen[done].path} on. "
+            "Try again with fewer --workers; 0 decodes one image at a time, in order"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_IGNORE_INTERRUPTS = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one ends the others
+
+
+def _processes() -> BaseContext:
+    """Processes that start as copies of one that has imported all this, where there are such: seconds less for each."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    interrupt = signal.signal(*_IGNORE_INTERRUPTS)
+    try:
+        forkserver.ensure_running()  # inherits what it does of an interrupt while it still imports
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    return context
+
+
+def examine(entry: Entry, data: Path) -> Entry:
+    """The entry, with what its file below `data` is found to be. Nothing in a file makes this raise."""
+    path = os.path.join(data, entry.path)
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a named pipe would wait forever
+        return replace(entry, error="it is a folder or a device, not a file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of oddities in files that it can read
+        return replace(entry, **_fingerprint(path), **_header(path), error=_error(path))
+
+
+def _fingerprint(path: str) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+    except (OSError, ValueError):  # ValueError: no path can be like that
+        return {}
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _header(path: str) -> dict[str, Any]:
+    try:
+        with Image.open(path) as image:
+            return {"width": image.width, "height": image.height, "mode": image.mode, "format": image.format}
+    except Exception:  # as in open_image, which will say why
+        return {}
+
+
+def _error(path: str) -> str | None:
+    samples = Samples([path], np.zeros(1, np.int64))
+    try:
+        open_image(samples, 0)
+    except BadImage as error:
+        return str(error).removeprefix(f"cannot read {describe(samples, 0)}: ")
+    return None

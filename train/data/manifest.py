@@ -1,0 +1,169 @@
+"""The manifest that train/verify.py writes, what it tells of two states of the files, and training without bad ones."""
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcl_fast.train.data.samples import BadImage, Samples, describe, take
+from rcl_fast.train.logs import write_lines
+
+SHOWN = 5
+"""Bad files that an error message names."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One listed image, and its file as it was when it was verified; None: could not be found out."""
+
+    path: str
+    """Below the data folder, or as it was listed where it lies elsewhere."""
+    split: str
+    label: int
+    width: int | None = None
+    height: int | None = None
+    mode: str | None = None
+    """Pillow's name for the pixels before they become RGB: "L", "CMYK", "I;16", ..."""
+    format: str | None = None
+    """By the content, whatever the file's name says: "JPEG", "PNG", ..."""
+    bytes: int | None = None
+    sha256: str | None = None
+    error: str | None = None
+    """Why the file is bad; None: it decodes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """What is known of a data set's files."""
+
+    file: Path
+    data: Path
+    entries: dict[str, Entry]
+    """By `Entry.path`."""
+    made_with: str
+    """The command that makes it anew."""
+
+
+class Changes(NamedTuple):
+    """Paths that differ between two manifests; only a hash tells of flipped bytes, which decode without an error."""
+
+    changed: list[str]
+    gone: list[str]
+    new: list[str]
+
+
+def default_file(data: Path) -> Path:
+    """Where the manifest of the folder `data` is, unless --manifest names another place."""
+    return data / "rcl_fast_manifest.jsonl"
+
+
+def read_manifest(dataset: str, data: Path, file: Path | None = None) -> Manifest:
+    """The manifest of `data`, from its default place or from `file`.
+
+    Raises FileNotFoundError with the command that makes it, ValueError naming the line that is no entry.
+    """
+    made_with = f"python train/verify.py --dataset {dataset} --data {shlex.quote(str(data))}"
+    if file is not None:
+        made_with += f" --manifest {shlex.quote(str(file))}"
+    file = file or default_file(data)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no manifest {file}; this makes it:\n  {made_with}")
+    entries = {}
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = Entry(**json.loads(line))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{file}, line {number}: not a manifest's ({error}); move the file away") from error
+            entries[entry.path] = entry
+    return Manifest(file, data, entries, made_with)
+
+
+def write_manifest(file: Path, entries: Sequence[Entry]) -> None:
+    """JSON lines, as one: numbers stay numbers, and any file name survives, be it no UTF-8 at all."""
+    write_lines(file, [vars(entry) for entry in entries])
+
+
+def relative(path: str, data: Path) -> str:
+    """`Entry.path` of a path as the data sets' loaders make it, so that folder and manifest can move together."""
+    return path.removeprefix(os.path.join(data, ""))
+
+
+def changes(before: Manifest, now: Sequence[Entry]) -> Changes:
+    """What became of the files of an earlier manifest; a file that can't be read counts as gone."""
+    old = {entry.path: entry.sha256 for entry in before.entries.values() if entry.sha256}
+    new = {entry.path: entry.sha256 for entry in now if entry.sha256}
+    return Changes(
+        changed=[path for path in old if path in new and new[path] != old[path]],
+        gone=[path for path in old if path not in new],
+        new=[path for path in new if path not in old],
+    )
+
+
+def check_readable(samples: Samples, manifest: Manifest) -> None:
+    """Raises BadImage, before hours of training, where the manifest knows samples as bad.
+
+    It goes by the manifest alone, whatever has become of the files since, so that one manifest always says the same. To
+    look at each file would take minutes over a network and tell no more than training, which stops at a bad one.
+    """
+    bad = _described(samples, manifest, _known_bad(samples, manifest))
+    if bad:
+        more = [f"and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
+        raise BadImage(
+            "\n  ".join([f"{manifest.file}: {len(bad):,} of {len(samples):,} images are bad:", *bad[:SHOWN], *more])
+            + f"\nTrain without them: --on-bad-image skip. Or mend them, and verify again:\n  {manifest.made_with}"
+        )
+
+
+def bad_indices(samples: Samples, manifest: Manifest) -> NDArray[np.int64]:
+    """Positions of the samples that the manifest knows as bad; ValueError naming the first that it does not have."""
+    for index, path in enumerate(_paths(samples, manifest)):
+        if path not in manifest.entries:
+            raise ValueError(
+                f"{manifest.file} does not have {describe(samples, index)}: "
+                f"it is of other files; this makes it anew:\n  {manifest.made_with}"
+            )
+    return _known_bad(samples, manifest)
+
+
+def without_bad(samples: Samples, manifest: Manifest, class_names: Sequence[str]) -> tuple[Samples, list[str]]:
+    """The samples that are not bad, and a line for each that was left out, with the cause.
+
+    Raises ValueError where `bad_indices` does, and where a class would lose all its images.
+    """
+    bad = bad_indices(samples, manifest)
+    if len(bad) == 0:
+        return samples, []
+    kept = np.setdiff1d(np.arange(len(samples)), bad)
+    lost = np.setdiff1d(samples.labels, samples.labels[kept])
+    if len(lost):
+        index = int(np.flatnonzero(samples.labels == lost[0])[0])
+        others = f", and so it is with {len(lost) - 1:,} more classes" if len(lost) > 1 else ""
+        raise ValueError(
+            f"every image of class {class_names[lost[0]]!r} is bad, such as {describe(samples, index)}{others}: "
+            f"skipping them leaves nothing of it. All bad files are in {manifest.file}"
+        )
+    return take(samples, kept), _described(samples, manifest, bad)
+
+
+def _paths(samples: Samples, manifest: Manifest) -> list[str]:
+    """`Entry.path` of each sample; none for images in memory, which were read when they were loaded."""
+    if isinstance(samples.images, np.ndarray):
+        return []
+    return [relative(path, manifest.data) for path in samples.images]
+
+
+def _known_bad(samples: Samples, manifest: Manifest) -> NDArray[np.int64]:
+    bad = {path for path, entry in manifest.entries.items() if entry.error is not None}
+    return np.array([index for index, path in enumerate(_paths(samples, manifest)) if path in bad], np.int64)
+
+
+def _described(samples: Samples, manifest: Manifest, bad: NDArray[np.int64]) -> list[str]:
+    paths = _paths(samples, manifest)
+    return [f"{describe(samples, index)}: {manifest.entries[paths[index]].error}" for index in bad]
