@@ -56,9 +56,12 @@ setup(
             "hypothesis>=6.100",  # generated shapes and class distributions
             "pytest-benchmark>=4.0",
             "matplotlib>=3.8",  # bench/plot.py draws the figures of the results
+            "kornia>=0.7",  # bench/data.py measures it beside the device loader
             "ruff>=0.6",
             "mypy>=1.11",
         ],
     },
-    entry_points={"console_scripts": ["rcl-train = rcl_fast.train.run:main"]},
+    entry_points={
+        "console_scripts": ["rcl-train = rcl_fast.train.run:main", "rcl-verify = rcl_fast.train.verify:main"]
+    },
 )

@@ -1,0 +1,60 @@
+"""Which loader a run takes."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+import numpy as np
+import torch
+
+from rcl_fast.train.data.device_loader import DeviceLoader
+from rcl_fast.train.data.draws import plan
+from rcl_fast.train.data.loader import Loader, Reading
+from rcl_fast.train.data.torchvision_loader import TorchvisionLoader
+
+LoaderName = Literal["auto", "dali", "torchvision", "device"]
+
+
+def choose(reading: Reading) -> tuple[LoaderName, str | None]:
+    """What "auto" is for these samples and views; a sentence where it is not the fastest there could be.
+
+    Images in memory stay on the device; files go through DALI where it is installed.
+    """
+    for kind in reading.kinds:
+        try:
+            plan(kind, reading.options)
+        except ValueError as error:
+            return "torchvision", f"--loader auto takes torchvision, which is slower: {error}"
+    if isinstance(reading.samples.images, np.ndarray):
+        return "device", None
+    if not has_dali():
+        return "torchvision", (
+            "--loader auto takes torchvision, as DALI is not installed (pip install 'rcl-fast[dali]', on Linux): "
+            "the CPU alone decodes and augments, and a GPU may wait for it; each epoch's line says how long"
+        )
+    return "dali", None
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even the package that holds it
+        return False
+
+
+def build(name: LoaderName, reading: Reading, *, device: torch.device, workers: int) -> Loader:
+    """The loader of that name. `workers`: processes of torchvision, threads of DALI.
+
+    Raises ValueError where the loader does not do these samples or views, ImportError where DALI is missing.
+    """
+    if name == "torchvision":
+        return TorchvisionLoader(reading, workers=workers, pin_memory=device.type == "cuda")
+    if name == "device":
+        return DeviceLoader(reading, device)
+    if name == "dali":
+        from rcl_fast.train.data.dali_loader import DaliLoader  # needs DALI, which is optional
+
+        return DaliLoader(reading, device=device, threads=max(workers, 1))
+    raise ValueError(f'there is no loader {name!r}: expected "dali", "torchvision" or "device"')

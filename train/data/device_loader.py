@@ -1,0 +1,97 @@
+"""Batches of images that lie on the device and are augmented there, a whole batch at a time: for sets of CIFAR's size.
+
+Nothing is compiled: the shapes of `augment` would allow it, but no GPU was at hand to show what it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rcl_fast.train.data.augment import augment, normalized, resize_center_crop
+from rcl_fast.train.data.draws import Draws, draw, plan
+from rcl_fast.train.data.loader import Batch, Reading, identity
+from rcl_fast.train.data.views import RequireSize, ViewKind, ViewOptions
+
+
+class DeviceLoader:
+    """A Loader of float32 views in channels_last memory, made on `device`, without workers.
+
+    All images are uploaded once, as bytes; a step then moves nothing to a GPU and waits for nothing there.
+    """
+
+    def __init__(self, reading: Reading, device: torch.device) -> None:
+        """Raises ValueError where the images are not in memory, or the views can't be made of them here."""
+        images = reading.samples.images
+        if not isinstance(images, np.ndarray):
+            raise ValueError(
+                "it keeps all images in the device's memory, and these are files: take --loader dali or torchvision"
+            )
+        _check(reading.kinds, reading.options, images)
+        self.steps_per_epoch = len(reading.batches(0))
+        self.identity = identity(reading, "device 1")
+        self._reading = reading
+        self._labels = torch.from_numpy(reading.samples.labels)
+        self._images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
+        self._mean, self._std = (
+            torch.tensor(values, device=device) for values in (reading.options.mean, reading.options.std)
+        )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        batches = self._reading.batches(epoch)[start:]
+        if not batches:
+            return
+        order, sizes = torch.from_numpy(np.concatenate(batches)), [len(batch) for batch in batches]
+        on_device = order.to(self._images.device)  # once an epoch: a copy in each step would be waited for
+        for index, there in zip(order.split(sizes), on_device.split(sizes), strict=True):
+            images = self._images.index_select(0, there)
+            views = self._random_views(images, epoch, there) if self._reading.kinds else {"x1": self._whole(images)}
+            yield {**views, "label": self._labels[index], "index": index}
+
+    def _random_views(self, images: Tensor, epoch: int, index: Tensor) -> Batch:
+        """Views of the same kind are made together: the time goes into starting operations as much as into pixels."""
+        options, kinds = self._reading.options, self._reading.kinds
+        views = {}
+        for kind in dict.fromkeys(kinds):
+            numbers = [number for number, other in enumerate(kinds) if other == kind]
+            drawn = [
+                draw(kind, options, seed=self._reading.seed, epoch=epoch, index=index, view=number)
+                for number in numbers
+            ]
+            made = augment(
+                images.repeat(len(numbers), 1, 1, 1),
+                plan(kind, options),
+                Draws(*map(torch.cat, zip(*drawn, strict=True))),
+                options.image_size,
+            )
+            for number, view in zip(numbers, self._normalized(made).chunk(len(numbers)), strict=True):
+                views[f"x{number + 1}"] = view
+        return views
+
+    def _whole(self, images: Tensor) -> Tensor:
+        options = self._reading.options
+        if options.evaluation == "resize_center_crop":
+            images = resize_center_crop(images, options.resize, options.image_size)
+        return self._normalized(images)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return normalized(images, self._mean, self._std)
+
+
+def _check(kinds: tuple[ViewKind, ...], options: ViewOptions, images: np.ndarray) -> None:
+    """Raises ValueError where the images have a size that a view can't be made of."""
+    height, width = images.shape[1:3]
+    plans = [plan(kind, options) for kind in kinds]
+    as_they_are = any(planned.crop == "none" for planned in plans)
+    if len(images) and (as_they_are or (not kinds and options.evaluation == "as_is")):
+        RequireSize(options.image_size)(Image.fromarray(images[0]))
+    for planned in plans:
+        if planned.crop == "padded" and min(height, width) + 2 * planned.padding < options.image_size:
+            raise ValueError(
+                f"the images have {width}x{height} pixels, too few to crop {options.image_size}x{options.image_size} "
+                f"with a border of {planned.padding}: set a smaller --image-size, or a larger --crop-padding"
+            )
