@@ -42,8 +42,18 @@ class DataOptions:
     """Share of the training images held out for validation, where the data set has no validation set of its own."""
     validate_on: Literal["validation", "test"] = "validation"
     """Where the best epoch is selected. "test" holds nothing out and repeats what the literature does."""
+    loader: Literal["auto", "dali", "torchvision", "device"] = "auto"
+    """What decodes and augments: dali (files or pixels, on GPU or CPU), torchvision (Pillow, in worker processes, the
+    reference), device (small data sets, held and augmented in whole batches on the training device). auto: device
+    for digits_lt and CIFAR, dali for files where it is installed."""
     workers: int = 2
-    """Processes that decode and augment images; 0: none but the main one."""
+    """Processes of the torchvision loader (0: none but the main one), CPU threads of dali."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An image that can't be read ends the run, or is left out; train/verify.py finds them all beforehand."""
+    manifest: Path | None = None
+    """What train/verify.py wrote; by default rcl_fast_manifest.csv in DATA."""
+    synthetic_data: bool = False
+    """Train on noise that lies on the device, to see how fast the trainer is when it never waits for data."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +230,7 @@ def saved_config(run: Path) -> Config:
 
 
 # What a resumed run may change: where things are and how they are computed, not what is computed.
-RESUMABLE = {"data": {"data", "workers"}, "run": {"device", "precision", "channels_last", "compile"}}
+RESUMABLE = {"data": {"data", "workers", "manifest"}, "run": {"device", "precision", "channels_last", "compile"}}
 
 
 def check_resumable(saved: Config, config: Config) -> None:

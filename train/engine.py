@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rcl_fast import LDAM, metrics
 from rcl_fast.train import checkpoints
 from rcl_fast.train.config import Config
+from rcl_fast.train.data import loader
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.loader import Batch, Loader
 from rcl_fast.train.evaluation import evaluate
@@ -47,6 +48,7 @@ class Training:
     epoch: int = 0  # epochs done
     best_epoch: int = 0  # from 1; 0: none yet
     best_accuracy: float = -1.0
+    loader_state: dict[str, Any] | None = None  # where training goes on, and in what batches
     history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     class_accuracy: Tensor | None = None  # [C] of the last validation
@@ -64,6 +66,7 @@ class Training:
             "epoch": self.epoch,
             "best_epoch": self.best_epoch,
             "best_accuracy": self.best_accuracy,
+            "loader": self.loader_state,
             "history": self.history,
             "notes": self.notes,
             "class_accuracy": self.class_accuracy,
@@ -89,6 +92,7 @@ class Training:
         if state["scaler"]:  # empty where the run had no fp16, perhaps on another machine
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_epoch, self.best_accuracy = state["epoch"], state["best_epoch"], state["best_accuracy"]
+        self.loader_state = state["loader"]
         self.history, self.notes, self.class_accuracy = state["history"], state["notes"], state["class_accuracy"]
         torch.set_rng_state(state["random_state"])
 
@@ -123,8 +127,12 @@ def fit(training: Training, training_loader: Loader, validation_loader: Loader, 
     A KeyboardInterrupt passes through; the checkpoints are then those of the last whole epoch.
 
     Raises:
+        StateMismatch: the loader gives other batches than those that training goes on with; nothing is written.
         NonFiniteLoss, BadImage: last.pt is then that of the epoch before.
     """
+    if training.loader_state is not None:
+        loader.position(training_loader, training.loader_state)
+    training.loader_state = loader.state(training_loader, training.epoch, step=0)
     checkpoints.save(folder / checkpoints.LAST, training.state_dict())
     if 0 < training.best_epoch == training.epoch:
         checkpoints.save(folder / checkpoints.BEST, training.state_dict())  # a stop may have come between the two
@@ -138,6 +146,7 @@ def fit(training: Training, training_loader: Loader, validation_loader: Loader, 
         training.class_accuracy = metrics.per_class_accuracy(evaluation.confusion)
         row.update(metrics.summary(evaluation.confusion, training.group_counts))
         training.epoch += 1
+        training.loader_state = loader.state(training_loader, training.epoch, step=0)
         training.history.append(row)
         is_best = row["balanced_accuracy"] > training.best_accuracy
         if is_best:
@@ -170,8 +179,9 @@ def _check_weights(training: Training) -> None:
 _ADVICE = "A lower --lr, more --warmup-epochs or --precision fp32 often help."
 
 
-def train_epoch(training: Training, loader: Loader, log: RunLog) -> dict[str, float]:
-    """One pass over the training images; the mean of each loss part, and images a second.
+def train_epoch(training: Training, training_loader: Loader, log: RunLog) -> dict[str, float]:
+    """One pass over the training images; the mean of each loss part, images a second, and the share of time in which
+    the loader was waited for.
 
     Raises:
         NonFiniteLoss: found one step late, so that reading a loss never makes a GPU wait.
@@ -180,16 +190,31 @@ def train_epoch(training: Training, loader: Loader, log: RunLog) -> dict[str, fl
     means = _LossMeans(training.epoch)
     images, began = 0, time.perf_counter()
     previous: tuple[dict[str, Tensor], Batch] | None = None
-    for batch in loader.epoch(training.epoch):
+    waits: list[float] = []
+    for batch in _timed(training_loader.epoch(training.epoch), waits):
         current = train_step(training, batch), batch
         images += len(batch["label"])
         if previous is not None:
             means.add(*previous)
         previous = current
-        log.step_ended(training.epoch, loader.steps_per_epoch, means.values(), images / (time.perf_counter() - began))
+        log.step_ended(
+            training.epoch, training_loader.steps_per_epoch, means.values(), images / (time.perf_counter() - began)
+        )
     if previous is not None:
         means.add(*previous)
-    return {**means.values(), "images_per_second": images / (time.perf_counter() - began)}
+    seconds = time.perf_counter() - began
+    return {**means.values(), "images_per_second": images / seconds, "waiting_for_data": sum(waits) / seconds}
+
+
+def _timed(batches: Iterator[Batch], waits: list[float]) -> Iterator[Batch]:
+    """The batches; `waits` gets the seconds that each took to come."""
+    while True:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        waits.append(time.perf_counter() - began)
+        if batch is None:
+            return
+        yield batch
 
 
 def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:

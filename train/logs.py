@@ -44,7 +44,7 @@ class RunLog:
         self._tensorboard.close()
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def step_ended(self, epoch: int, steps_per_epoch: int, losses: dict[str, float], images_per_second: float) -> None:
         """Move the bar by a step of epoch (from 0); `losses` are the epoch's means so far."""
@@ -66,6 +66,7 @@ class RunLog:
         self.say(
             f"epoch {row['epoch']:>3}/{self._epochs}  loss {row['loss']:.3f}  "
             f"balanced {row['balanced_accuracy']:.1%}  {groups}  {row['images_per_second']:,.0f} img/s"
+            + (f" ({row['waiting_for_data']:.0%} of the time in the loader)" if row["waiting_for_data"] > 0.1 else "")
             + ("  best" if is_best else "")
         )
         write_lines(self._folder / "metrics.jsonl", history)

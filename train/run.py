@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import statistics
 import sys
 import time
-import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from rcl_fast import metrics
-from rcl_fast.train import checkpoints, config, engine
+from rcl_fast.train import checkpoints, config, engine, loading
 from rcl_fast.train.config import Config
-from rcl_fast.train.data.datasets import Splits, load_splits
-from rcl_fast.train.data.loader import Loader, evaluation_loader, training_loader
-from rcl_fast.train.data.samples import BadImage, Samples
-from rcl_fast.train.data.views import evaluation_view, training_views
+from rcl_fast.train.data.datasets import Splits
+from rcl_fast.train.data.loader import Loader, StateMismatch
+from rcl_fast.train.data.samples import BadImage
 from rcl_fast.train.engine import NonFiniteLoss, Training
 from rcl_fast.train.evaluation import Evaluation, evaluate, some_of
 from rcl_fast.train.logs import RunLog, write_text
-from rcl_fast.train.machine import Machine, choose_machine
+from rcl_fast.train.machine import choose_machine
 from rcl_fast.train.report import Report, write_report
 
 
@@ -40,26 +40,35 @@ def run(settings: Config) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SystemExit("training on several processes is not built yet: run train/run.py without torchrun")
     console = Console(soft_wrap=True)
+    say = partial(console.print, highlight=False, markup=False)
     machine = choose_machine(settings.run)
-    splits = _load_splits(settings, console)
+    splits = loading.load(settings, say)
+    settings = loading.with_loader(settings, splits, say)
     training = engine.start(settings, splits, machine)
     if settings.run.resume is not None:
         training.load_state_dict(checkpoints.load(settings.run.resume / checkpoints.LAST))
+    loaders = (
+        loading.training_loader(settings, splits, machine, say),
+        loading.evaluation_loader(settings, splits.validation, machine, say),
+    )
     folder = _prepare_folder(settings)
     _introduce(console, settings, splits, training, folder)
 
     interrupted = False
     with RunLog(folder, settings.optimization.epochs, training.epoch, console) as log:
         try:
-            engine.fit(training, *_loaders(settings, splits, machine), folder, log)
+            engine.fit(training, *loaders, folder, log)
         except KeyboardInterrupt:
             interrupted = True
             training.load_state_dict(checkpoints.load(folder / checkpoints.LAST))  # as the last whole epoch left it
             log.say(f"interrupted; writing the report of {training.epoch} epochs (Ctrl-C again leaves without it)")
+        except StateMismatch as error:
+            raise SystemExit(f"--resume {folder}: {error}") from error
         except (NonFiniteLoss, BadImage) as error:
             raise SystemExit(f"{error}\nThe last good checkpoint is {folder / checkpoints.LAST}") from error
     try:
-        results, evaluation = _results(settings, splits, training, folder, interrupted)
+        test = loading.evaluation_loader(settings, splits.test, machine, say)
+        results, evaluation = _results(settings, splits, training, test, folder, interrupted)
         _write_results(settings, splits, training, folder, results, evaluation)
     except KeyboardInterrupt:
         raise SystemExit(f"left without a report; --resume {folder} makes it") from None
@@ -67,49 +76,6 @@ def run(settings: Config) -> Path:
         raise SystemExit(f"{error}\nTraining is done: mend this, then --resume {folder} tests and reports") from error
     _conclude(console, results, folder)
     return folder
-
-
-def _load_splits(settings: Config, console: Console) -> Splits:
-    data = settings.data
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            splits = load_splits(
-                data.dataset,
-                data.data,
-                imbalance=data.imbalance,
-                imbalance_shape=data.imbalance_shape,
-                validation_fraction=data.validation_fraction,
-                validate_on=data.validate_on,
-                seed=settings.run.seed,
-            )
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    for warning in caught:
-        console.print(f"note: {warning.message}", highlight=False)
-    return splits
-
-
-def _loaders(settings: Config, splits: Splits, machine: Machine) -> tuple[Loader, Loader]:
-    training = training_loader(
-        splits.train,
-        training_views(settings.views, contrastive=settings.contrastive),
-        batch_size=settings.optimization.batch_size,
-        workers=settings.data.workers,
-        seed=settings.run.seed,
-        pin_memory=machine.device.type == "cuda",
-    )
-    return training, _evaluation_loader(settings, splits.validation, machine)
-
-
-def _evaluation_loader(settings: Config, samples: Samples, machine: Machine) -> Loader:
-    return evaluation_loader(
-        samples,
-        evaluation_view(settings.views),
-        batch_size=settings.optimization.batch_size,
-        workers=settings.data.workers,
-        pin_memory=machine.device.type == "cuda",
-    )
 
 
 def _prepare_folder(settings: Config) -> Path:
@@ -155,6 +121,7 @@ def _introduce(console: Console, settings: Config, splits: Splits, training: Tra
         f"results in {folder}"
         + (f"; going on after epoch {training.epoch}" if settings.run.resume is not None else ""),
         highlight=False,
+        markup=False,
     )
 
 
@@ -163,16 +130,14 @@ def _parameters(*modules: torch.nn.Module) -> int:
 
 
 def _results(
-    settings: Config, splits: Splits, training: Training, folder: Path, interrupted: bool
+    settings: Config, splits: Splits, training: Training, test: Loader, folder: Path, interrupted: bool
 ) -> tuple[dict[str, Any], Evaluation]:
     """The content of metrics.json, and the best epoch's evaluation on the test set."""
-    test = _evaluation_loader(settings, splits.test, training.machine)
     last = _test_checkpoint(training, test, folder / checkpoints.LAST, len(splits.test))
     best = last
     if 0 < training.best_epoch < training.epoch:
         best = _test_checkpoint(training, test, folder / checkpoints.BEST, len(splits.test))
     class_accuracy = metrics.per_class_accuracy(best.confusion)
-    rates = sorted(row["images_per_second"] for row in training.history)
     results = {
         **metrics.summary(best.confusion, training.group_counts),
         "per_class_accuracy": [None if value != value else value for value in class_accuracy.tolist()],
@@ -182,7 +147,9 @@ def _results(
         "selected_on": splits.selected_on,
         "parameters": _parameters(training.model.backbone, training.model.classifier),
         "parameters_with_heads": _parameters(training.model),
-        "images_per_second": rates[len(rates) // 2] if rates else None,
+        "images_per_second": _median([row["images_per_second"] for row in training.history]),
+        "loader": settings.data.loader,
+        "waiting_for_data": _median([row["waiting_for_data"] for row in training.history]),
         "interrupted": interrupted,
         "device": training.machine.device.type,
         "precision": training.machine.precision,
@@ -190,6 +157,10 @@ def _results(
         "loss": settings.loss.loss,
     }
     return results, best
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _test_checkpoint(training: Training, test: Loader, path: Path, count: int) -> Evaluation:
@@ -240,7 +211,7 @@ def _conclude(console: Console, results: dict[str, Any], folder: Path) -> None:
     for name, value in shown.items():
         table.add_row(name, "–" if value is None else f"{value:.1%}")
     console.print(table)
-    console.print(f"report: {folder / 'report.html'}", highlight=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

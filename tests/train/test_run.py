@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rcl_fast.train import checkpoints, engine, run
+from rcl_fast.train import checkpoints, engine, loading, run, verify
 from rcl_fast.train.config import Config, parse
+from rcl_fast.train.data.datasets import Splits
+from rcl_fast.train.data.loader import identity
 
 METRICS = {
     "balanced_accuracy",
@@ -24,6 +26,8 @@ METRICS = {
     "last_epoch_balanced_accuracy",
     "parameters",
     "images_per_second",
+    "waiting_for_data",
+    "loader",
     "selected_on",
 }
 
@@ -73,6 +77,7 @@ def test_the_configuration_written_is_the_one_that_ran(finished: Path) -> None:
     assert saved["optimization"]["epochs"] == 4
     assert saved["optimization"]["batch_size"] == 100
     assert saved["loss"]["tau"] == 1.3  # the recipe's
+    assert saved["data"]["loader"] == "device"  # what "auto" was
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(finished: Path, tmp_path: Path) -> None:
@@ -269,11 +274,56 @@ def test_imagenet_lists_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert "report.html" in said
 
 
-def test_a_missing_image_is_named_with_its_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_a_missing_image_is_named_with_its_line(tmp_path: Path, loader: str) -> None:
     write_image_lists(tmp_path)
     (tmp_path / "images/n001 é/2.png").unlink()
     with pytest.raises(SystemExit, match=r"n001 é/2\.png \(ImageNet_LT_train\.txt, line 9\): there is no such file"):
-        run.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path)))
+        run.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path), "--loader", loader))
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_bad_images_are_left_out_when_asked(tmp_path: Path, loader: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that the manifest knows before the run, and one that went bad after it was written."""
+    write_image_lists(tmp_path)
+    (tmp_path / "images/n000 é/3.png").write_bytes(b"")
+    arguments = (*IMAGENET, *SMALL, "--data", str(tmp_path), "--loader", loader)
+    with pytest.raises(SystemExit, match=r"(?s)no manifest .*python train/verify\.py --dataset imagenet_lt"):
+        run.run(configure(tmp_path / "run", *arguments, "--on-bad-image", "skip"))
+    assert verify.main(["--dataset", "imagenet_lt", "--data", str(tmp_path), "--workers", "1"]) == 1
+    with pytest.raises(SystemExit, match=r"(?s)1 of 12 images are bad.*--on-bad-image skip"):
+        run.run(configure(tmp_path / "run", *arguments))
+    (tmp_path / "images/n001 é/2.png").write_bytes(b"damaged since")
+    capsys.readouterr()
+    folder = run.run(configure(tmp_path / "run", *arguments, "--on-bad-image", "skip", "--epochs", "2"))
+    said = capsys.readouterr().out
+    assert said.count("1 bad images left out") == 3  # train, validation, test
+    assert said.count("left out: cannot read the image") == 3
+    assert "n001 é/2.png (ImageNet_LT_train.txt, line 9)" in said
+    assert metrics(folder)["last_epoch"] == 2
+
+
+def test_another_loader_does_not_go_on_with_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run.run(configure(tmp_path / "run", "--epochs", "1"))
+    with pytest.raises(SystemExit, match=r"--loader \(was device, now torchvision\)"):
+        run.run(parse(["--resume", str(folder), "--loader", "torchvision"]))
+    monkeypatch.setattr(
+        "rcl_fast.train.data.device_loader.identity", lambda reading, pipeline: identity(reading, "new")
+    )
+    with pytest.raises(SystemExit, match=r"--resume .*the saved position .*loader \(was device 1, now new\)"):
+        run.run(parse(["--resume", str(folder)]))
+
+
+def test_noise_instead_of_images(tmp_path: Path) -> None:
+    folder = run.run(configure(tmp_path / "run", "--epochs", "1", "--synthetic-data"))
+    assert metrics(folder)["waiting_for_data"] < 0.5
+
+
+@pytest.mark.parametrize("loader", ["torchvision", "device", "dali"])
+def test_every_loader_trains_the_digits(tmp_path: Path, loader: str) -> None:
+    """Well above chance (10 %) after twelve epochs, whoever makes the views."""
+    folder = run.run(configure(tmp_path / "run", "--epochs", "12", "--loss", "ce", "--loader", loader))
+    assert metrics(folder)["balanced_accuracy"] > 0.4
 
 
 def test_missing_data_is_explained(tmp_path: Path) -> None:
@@ -288,14 +338,19 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         run.run(configure(tmp_path / "run"))
 
 
+def loaded(settings: Config) -> tuple[Config, Splits]:
+    splits = loading.load(settings, print)
+    return loading.with_loader(settings, splits, print), splits
+
+
 def test_accumulated_parts_give_the_whole_batch_gradient_of_a_mean(tmp_path: Path) -> None:
     """Cross-entropy and a network without BatchNorm in training mode: parts then add up exactly."""
     settings = configure(tmp_path, "--loss", "ce", "--batch-size", "90")
-    splits = run._load_splits(settings, run.Console())
+    settings, splits = loaded(settings)
     whole = engine.start(settings, splits, run.choose_machine(settings.run))
     cut = dataclasses.replace(settings, optimization=dataclasses.replace(settings.optimization, accumulate=4))
     parts = engine.start(cut, splits, run.choose_machine(cut.run))
-    batch = next(iter(run._loaders(settings, splits, whole.machine)[0].epoch(0)))
+    batch = next(iter(loading.training_loader(settings, splits, whole.machine, print).epoch(0)))
     for training in (whole, parts):
         training.model.double().eval()
         engine.train_step(training, {**batch, "x1": batch["x1"].double()})
@@ -305,8 +360,8 @@ def test_accumulated_parts_give_the_whole_batch_gradient_of_a_mean(tmp_path: Pat
 
 def test_gradients_are_clipped_when_asked(tmp_path: Path) -> None:
     settings = configure(tmp_path, "--clip-grad-norm", "0.001")
-    splits = run._load_splits(settings, run.Console())
+    settings, splits = loaded(settings)
     training = engine.start(settings, splits, run.choose_machine(settings.run))
-    engine.train_step(training, next(iter(run._loaders(settings, splits, training.machine)[0].epoch(0))))
+    engine.train_step(training, next(iter(loading.training_loader(settings, splits, training.machine, print).epoch(0))))
     norms = torch.stack([parameter.grad.norm() for parameter in training.model.parameters()])
     assert norms.norm() == pytest.approx(0.001, rel=1e-3)

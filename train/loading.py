@@ -1,0 +1,126 @@
+"""The images of a run and the loaders that bring them, as its configuration says."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from rcl_fast.train.config import Config
+from rcl_fast.train.data.choice import build, choose
+from rcl_fast.train.data.datasets import Splits, load_splits
+from rcl_fast.train.data.loader import Loader, Reading, evaluation_reading, raise_it, training_reading
+from rcl_fast.train.data.manifest import Manifest, check_readable, default_file, read_manifest, without_bad
+from rcl_fast.train.data.samples import BadImage, Samples
+from rcl_fast.train.data.synthetic_loader import SyntheticLoader
+from rcl_fast.train.data.views import training_kinds
+from rcl_fast.train.machine import Machine
+
+Say = Callable[[str], None]
+
+
+def load(settings: Config, say: Say) -> Splits:
+    """The data set, without the bad images that are to be skipped; raises SystemExit with what is wrong with it."""
+    data = settings.data
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            splits = load_splits(
+                data.dataset,
+                data.data,
+                imbalance=data.imbalance,
+                imbalance_shape=data.imbalance_shape,
+                validation_fraction=data.validation_fraction,
+                validate_on=data.validate_on,
+                seed=settings.run.seed,
+            )
+        for warning in caught:
+            say(f"note: {warning.message}")
+        if isinstance(splits.train.images, list):
+            return _without_bad(settings, splits, say)
+        return splits
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def with_loader(settings: Config, splits: Splits, say: Say) -> Config:
+    """The configuration with "auto" made a loader's name, so that a resumed run takes the same."""
+    if settings.data.loader != "auto":
+        return settings
+    name, note = choose(_training_reading(settings, splits, raise_it))
+    if note is not None:
+        say(f"note: {note}")
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, loader=name))
+
+
+def training_loader(settings: Config, splits: Splits, machine: Machine, say: Say) -> Loader:
+    """Raises SystemExit where the loader of the configuration can't bring these images or views."""
+    reading = _training_reading(settings, splits, _on_bad(settings, say))
+    if settings.data.synthetic_data:
+        return SyntheticLoader(reading, machine.device)
+    return _build(settings, reading, machine)
+
+
+def evaluation_loader(settings: Config, samples: Samples, machine: Machine, say: Say) -> Loader:
+    """Raises SystemExit where the loader of the configuration can't bring these images."""
+    batch_size = settings.optimization.batch_size
+    on_bad = _on_bad(settings, say)
+    return _build(settings, evaluation_reading(samples, settings.views, batch_size=batch_size, on_bad=on_bad), machine)
+
+
+def _training_reading(settings: Config, splits: Splits, on_bad: Callable[[BadImage], None]) -> Reading:
+    return training_reading(
+        splits.train,
+        training_kinds(settings.views, settings.contrastive),
+        settings.views,
+        seed=settings.run.seed,
+        batch_size=settings.optimization.batch_size,
+        on_bad=on_bad,
+    )
+
+
+def _build(settings: Config, reading: Reading, machine: Machine) -> Loader:
+    data = settings.data
+    try:
+        return build(data.loader, reading, device=machine.device, workers=data.workers)
+    except (ValueError, ImportError) as error:
+        raise SystemExit(f"--loader {data.loader}: {error}") from error
+
+
+def _without_bad(settings: Config, splits: Splits, say: Say) -> Splits:
+    """By the manifest: under "error" a known bad image ends the run before it starts, if a manifest is there."""
+    data = settings.data
+    assert data.data is not None  # images in files lie somewhere
+    names = ("train", "validation", "test")
+    parts = {name: getattr(splits, name) for name in names}
+    if data.on_bad_image == "error":
+        if (data.manifest or default_file(data.data)).is_file():
+            manifest = _manifest(settings, data.data)
+            for samples in parts.values():
+                check_readable(samples, manifest)
+        return splits
+    manifest = _manifest(settings, data.data)
+    for name, samples in parts.items():
+        parts[name], left_out = without_bad(samples, manifest, splits.class_names)
+        if left_out:
+            say(f"{name}: {len(left_out):,} bad images left out (all in {manifest.file}), first {left_out[0]}")
+    return dataclasses.replace(splits, **parts)
+
+
+def _manifest(settings: Config, data: Path) -> Manifest:
+    return read_manifest(settings.data.dataset, data, settings.data.manifest)
+
+
+def _on_bad(settings: Config, say: Say) -> Callable[[BadImage], None]:
+    """What becomes of an image that the manifest thought good: it ends the run, or is named once and left out."""
+    if settings.data.on_bad_image == "error":
+        return raise_it
+    named = set()
+
+    def name_it(error: BadImage) -> None:
+        if str(error) not in named:
+            named.add(str(error))
+            say(f"left out: {error}")
+
+    return name_it
