@@ -2,7 +2,7 @@
 
     python bench/compare.py                          digits_lt: bcl_rcl against cross-entropy, 3 seeds
     python bench/compare.py --losses bcl scl         any others
-    python bench/compare.py --losses bcl_rcl --loaders device dali torchvision --more "--lr 0.05"
+    python bench/compare.py --losses bcl_rcl --loaders device dali torchvision --more="--lr 0.05"
 
 Each run is `train/run.py` with its recipe, whose alpha and tau depend on the loss: not everything else is held equal.
 """

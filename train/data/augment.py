@@ -108,28 +108,46 @@ def _bytes(pixels: Tensor) -> Tensor:
 
 
 def _operated(views: Tensor, names: tuple[str, ...], operations: Tensor, magnitudes: Tensor, plan: Plan) -> Tensor:
-    """One operation on each image, `operations` int64 [B] being among `names`, or the identity."""
-    for family, change in _FAMILIES:
-        if not family.isdisjoint(names):
-            mine = sum(1 << NUMBER[name] for name in family)
-            chosen = (mine >> operations) & 1 == 1
-            views = _where(chosen, partial(change, plan), views, operations, magnitudes)
+    """One operation on each view, `operations` int64 [B] being among `names`, or the identity."""
+    changes = [(family, partial(change, plan)) for family, change in _FAMILIES if not family.isdisjoint(names)]
+    if views.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _family_by_family(views, changes, operations, magnitudes)
+    return _every_family(views, changes, operations, magnitudes)
+
+
+Change = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Float32 pixels [b, 3, H, W], which it may overwrite, operations and magnitudes [b, 1, 1, 1] -> pixels, which may
+have a fraction to be cut off."""
+
+
+def _family_by_family(
+    views: Tensor, changes: list[tuple[frozenset[str], Change]], operations: Tensor, magnitudes: Tensor
+) -> Tensor:
+    """Each family of operations on its own views only. A GPU would have to be waited for, to know how many."""
+    number = sum((k + 1) * _among(family, operations) for k, (family, _) in enumerate(changes))
+    order = number.argsort()
+    sizes = number.bincount(minlength=len(changes) + 1).tolist()
+    untouched, *parts = zip(*(each.index_select(0, order).split(sizes) for each in (views, operations, magnitudes)))
+    made = [_changed(change, *part) if len(part[0]) else part[0] for (_, change), part in zip(changes, parts)]
+    return torch.cat([untouched[0], *made]).index_select(0, order.argsort())
+
+
+def _every_family(
+    views: Tensor, changes: list[tuple[frozenset[str], Change]], operations: Tensor, magnitudes: Tensor
+) -> Tensor:
+    """Each family of operations on all views, to keep those that it was drawn for: no shape depends on the draws."""
+    for family, change in changes:
+        chosen = _among(family, operations)[:, None, None, None]
+        views = torch.where(chosen, _changed(change, views, operations, magnitudes), views)
     return views
 
 
-def _where(chosen: Tensor, change: Callable[..., Tensor], views: Tensor, *arguments: Tensor) -> Tensor:
-    """The `chosen` [B] views changed. Elsewhere than on a CPU all are, as their number would be waited for.
+def _changed(change: Change, views: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
+    return _bytes(change(views.float(), operations[:, None, None, None], magnitudes[:, None, None, None]))
 
-    `change` gets float32 pixels of its own, and [B, 1, 1, 1] of each of the arguments; it need not cut fractions off.
-    """
-    arguments = tuple(argument[:, None, None, None] for argument in arguments)
-    if views.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.where(chosen[:, None, None, None], _bytes(change(views.float(), *arguments)), views)
-    rows = chosen.nonzero()[:, 0]
-    if not len(rows):
-        return views
-    changed = change(views.index_select(0, rows).float(), *(argument.index_select(0, rows) for argument in arguments))
-    return views.index_copy_(0, rows, _bytes(changed))
+
+def _among(family: frozenset[str], operations: Tensor) -> Tensor:
+    return (sum(1 << NUMBER[name] for name in family) >> operations) & 1 == 1
 
 
 def _is(name: str, operations: Tensor) -> Tensor:
@@ -173,9 +191,9 @@ def _shifted_hue(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Ten
     spread = value - least
     saturation = (spread / value.clamp(min=1)).mul_(255).floor_()
     shift = (magnitudes.double() * 255).trunc().float()
-    hue = (_hue(pixels, value, spread) + shift).remainder_(256)
+    hue = _without_whole((_hue(pixels, value, spread) + shift).div_(256))
     center = 255 + 170 * torch.arange(3, device=pixels.device)[:, None, None]
-    share = (2 * hue - center).abs_().sub_(255).abs_().sub_(85).clamp_(0, 85)  # of the saturation, in 85ths
+    share = (512 * hue - center).abs_().sub_(255).abs_().sub_(85).clamp_(0, 85)  # of the saturation, in 85ths
     return (255 * 85 - share.mul_(saturation)).mul_(value).div_(255 * 85).add_(0.5)
 
 
@@ -189,7 +207,11 @@ def _hue(pixels: Tensor, value: Tensor, spread: Tensor) -> Tensor:
     more = is_red * blue + is_green * red + is_blue * green
     less = is_red * green + is_green * blue + is_blue * red
     sixths = ((2 * is_green + 4 * is_blue).double() + more - less).float()  # Pillow rounds here and not before
-    return (sixths / 6 + (sixths < 0)).mul_(255).floor_()
+    return _without_whole(sixths / 6).mul_(255).floor_()
+
+
+def _without_whole(turns: Tensor) -> Tensor:
+    return turns.sub_(turns.floor())
 
 
 def _looked_up(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
