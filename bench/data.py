@@ -90,7 +90,7 @@ def main(options: Options) -> None:
 
 def cases(options: Options, folder: Path) -> Iterator[Case]:
     on_gpu = torch.cuda.is_available()
-    sizes = (64, 32, 64, 32) if options.dry_run else (16_384, 256, 4_096, 256) if on_gpu else (1_024, 256, 128, 32)
+    sizes = (64, 32, 64, 32) if options.dry_run else (16_384, 256, 4_096, 256) if on_gpu else (2_048, 256, 384, 32)
     cifar_images, cifar_batch, jpegs, jpeg_batch = sizes
     if options.train and not on_gpu:  # a CPU trains some forty CIFAR images a second
         cifar_images, cifar_batch, jpegs, jpeg_batch = (64, 32, 8, 4) if options.dry_run else (512, 64, 16, 8)
