@@ -44,11 +44,11 @@ def load(settings: Config, say: Say) -> Splits:
         raise SystemExit(str(error)) from error
 
 
-def with_loader(settings: Config, splits: Splits, say: Say) -> Config:
+def with_loader(settings: Config, splits: Splits, machine: Machine, say: Say) -> Config:
     """The configuration with "auto" made a loader's name, so that a resumed run takes the same."""
     if settings.data.loader != "auto":
         return settings
-    name, note = choose(_training_reading(settings, splits, raise_it))
+    name, note = choose(_training_reading(settings, splits, raise_it), machine.device)
     if note is not None:
         say(f"note: {note}")
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, loader=name))

@@ -43,7 +43,7 @@ def run(settings: Config) -> Path:
     say = partial(console.print, highlight=False, markup=False)
     machine = choose_machine(settings.run)
     splits = loading.load(settings, say)
-    settings = loading.with_loader(settings, splits, say)
+    settings = loading.with_loader(settings, splits, machine, say)
     training = engine.start(settings, splits, machine)
     if settings.run.resume is not None:
         training.load_state_dict(checkpoints.load(settings.run.resume / checkpoints.LAST))

@@ -340,7 +340,7 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 def loaded(settings: Config) -> tuple[Config, Splits]:
     splits = loading.load(settings, print)
-    return loading.with_loader(settings, splits, print), splits
+    return loading.with_loader(settings, splits, run.choose_machine(settings.run), print), splits
 
 
 def test_accumulated_parts_give_the_whole_batch_gradient_of_a_mean(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from rcl_fast.train.data.torchvision_loader import TorchvisionLoader
 LoaderName = Literal["auto", "dali", "torchvision", "device"]
 
 
-def choose(reading: Reading) -> tuple[LoaderName, str | None]:
+def choose(reading: Reading, device: torch.device) -> tuple[LoaderName, str | None]:
     """What "auto" is for these samples and views; a sentence where it is not the fastest there could be.
 
-    Images in memory stay on the device; files go through DALI where it is installed.
+    Images in memory stay on the device. Files go through DALI to a GPU, and through torchvision to a CPU, where it is
+    the faster of the two (bench/results/data_cpu.jsonl).
     """
     for kind in reading.kinds:
         try:
@@ -28,6 +29,8 @@ def choose(reading: Reading) -> tuple[LoaderName, str | None]:
             return "torchvision", f"--loader auto takes torchvision, which is slower: {error}"
     if isinstance(reading.samples.images, np.ndarray):
         return "device", None
+    if device.type == "cpu":
+        return "torchvision", None
     if not has_dali():
         return "torchvision", (
             "--loader auto takes torchvision, as DALI is not installed (pip install 'rcl-fast[dali]', on Linux): "

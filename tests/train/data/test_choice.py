@@ -12,6 +12,7 @@ from rcl_fast.train.data.samples import Samples
 from rcl_fast.train.data.views import ViewOptions
 
 OPTIONS = ViewOptions(16, (0, 0, 0), (1, 1, 1), x1="randaugment", x2="sim", x3="sim", evaluation="as_is")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PIXELS = Samples(np.zeros((4, 16, 16, 3), np.uint8), np.array([0, 0, 1, 1]))
 FILES = Samples([f"/data/{number}.jpg" for number in range(4)], np.array([0, 0, 1, 1]))
 
@@ -21,23 +22,28 @@ def reading(samples: Samples, options: ViewOptions = OPTIONS) -> Reading:
 
 
 def test_images_in_memory_stay_on_the_device() -> None:
-    assert choose(reading(PIXELS)) == ("device", None)
+    for device in (CPU, GPU):
+        assert choose(reading(PIXELS), device) == ("device", None)
 
 
-def test_files_go_through_dali_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_go_through_dali_to_a_gpu_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "has_dali", lambda: True)
-    assert choose(reading(FILES)) == ("dali", None)
+    assert choose(reading(FILES), GPU) == ("dali", None)
     monkeypatch.setattr(choice, "has_dali", lambda: False)
-    name, note = choose(reading(FILES))
+    name, note = choose(reading(FILES), GPU)
     assert name == "torchvision"
     assert note is not None
     assert "pip install 'rcl-fast[dali]'" in note
 
 
+def test_files_go_through_torchvision_to_a_cpu() -> None:
+    assert choose(reading(FILES), CPU) == ("torchvision", None)
+
+
 def test_a_randaugment_that_only_timm_carries_out_goes_to_torchvision() -> None:
     options = dataclasses.replace(OPTIONS, randaugment="rand-n2-m10-inc1")
     for samples in (PIXELS, FILES):
-        name, note = choose(reading(samples, options))
+        name, note = choose(reading(samples, options), GPU)
         assert name == "torchvision"
         assert note is not None
         assert "rand-n2-m10-inc1" in note
@@ -48,21 +54,21 @@ def test_without_dali_its_loader_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ImportError, match=r"rcl-fast\[dali\]"):
-        build("dali", reading(FILES), device=torch.device("cpu"), workers=1)
+        build("dali", reading(FILES), device=CPU, workers=1)
 
 
 def test_the_device_loader_has_no_use_for_files() -> None:
     with pytest.raises(ValueError, match="--loader"):
-        build("device", reading(FILES), device=torch.device("cpu"), workers=0)
+        build("device", reading(FILES), device=CPU, workers=0)
 
 
 @pytest.mark.parametrize("name", ["torchvision", "device"])
 def test_each_is_built_by_name(name: choice.LoaderName) -> None:
-    loader = build(name, reading(PIXELS), device=torch.device("cpu"), workers=0)
+    loader = build(name, reading(PIXELS), device=CPU, workers=0)
     assert loader.identity["loader"].startswith(name)
     assert len(list(loader.epoch(0))) == loader.steps_per_epoch == 2
 
 
 def test_another_name_is_refused() -> None:
     with pytest.raises(ValueError, match="no loader 'auto'"):
-        build("auto", reading(PIXELS), device=torch.device("cpu"), workers=0)
+        build("auto", reading(PIXELS), device=CPU, workers=0)
