@@ -107,28 +107,35 @@ def _bytes(pixels: Tensor) -> Tensor:
     return pixels.to(torch.int16).to(torch.uint8)
 
 
-def _operated(views: Tensor, names: tuple[str, ...], operations: Tensor, magnitudes: Tensor, plan: Plan) -> Tensor:
-    """One operation on each view, `operations` int64 [B] being among `names`, or the identity."""
-    changes = [(family, partial(change, plan)) for family, change in _FAMILIES if not family.isdisjoint(names)]
-    if views.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _family_by_family(views, changes, operations, magnitudes)
-    return _every_family(views, changes, operations, magnitudes)
-
-
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Float32 pixels [b, 3, H, W], which it may overwrite, operations and magnitudes [b, 1, 1, 1] -> pixels, which may
 have a fraction to be cut off."""
+
+
+def _operated(views: Tensor, names: tuple[str, ...], operations: Tensor, magnitudes: Tensor, plan: Plan) -> Tensor:
+    """One operation on each view, `operations` int64 [B] being among `names`, or the identity."""
+    changes: list[tuple[frozenset[str], Change]] = [
+        (family, partial(change, plan)) for family, change in _FAMILIES if not family.isdisjoint(names)
+    ]
+    if views.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _family_by_family(views, changes, operations, magnitudes)
+    return _every_family(views, changes, operations, magnitudes)
 
 
 def _family_by_family(
     views: Tensor, changes: list[tuple[frozenset[str], Change]], operations: Tensor, magnitudes: Tensor
 ) -> Tensor:
     """Each family of operations on its own views only. A GPU would have to be waited for, to know how many."""
-    number = sum((k + 1) * _among(family, operations) for k, (family, _) in enumerate(changes))
+    number = torch.zeros_like(operations)
+    for k, (family, _) in enumerate(changes, start=1):
+        number += k * _among(family, operations)
     order = number.argsort()
     sizes = number.bincount(minlength=len(changes) + 1).tolist()
-    untouched, *parts = zip(*(each.index_select(0, order).split(sizes) for each in (views, operations, magnitudes)))
-    made = [_changed(change, *part) if len(part[0]) else part[0] for (_, change), part in zip(changes, parts)]
+    by_family = [each.index_select(0, order).split(sizes) for each in (views, operations, magnitudes)]
+    untouched, *parts = zip(*by_family, strict=True)
+    made = [
+        _changed(change, *part) if len(part[0]) else part[0] for (_, change), part in zip(changes, parts, strict=True)
+    ]
     return torch.cat([untouched[0], *made]).index_select(0, order.argsort())
 
 
@@ -264,7 +271,8 @@ def _moved(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tensor) -
         torch.where(_is(name, operations), magnitudes, 0)
         for name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
     )
-    a, b, c, d, e, f = _about_center(*pixels.shape[2:], -degrees, right * 0, down * 0, torch.ones_like(right))
+    height, width = pixels.shape[2:]
+    a, b, c, d, e, f = _about_center(height, width, -degrees, right * 0, down * 0, torch.ones_like(right))
     matrix = a, b + shear_x, c + right, d + shear_y, e, f + down
     return (_nearest if plan.nearest else _bilinear)(pixels, matrix, plan.fill)
 

@@ -94,7 +94,7 @@ class DaliLoader:
         return {}
 
     def _recover(self, step: int, error: RuntimeError) -> None:
-        """Goes back to that step without the bad files that the pipeline met; DALI's ends with an error at the first."""
+        """Goes back to that step without the bad files that the pipeline met, which ended it at the first of them."""
         met = np.concatenate(self._source.batches[step : self._source.given])
         bad = _bad_files(self._reading.samples, met, _gpu(self._device))
         if not bad:

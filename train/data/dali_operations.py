@@ -1,7 +1,7 @@
 """Views as DALI graphs, on the CPU or a GPU: uint8 images [H, W, 3] in and out, between operations as with Pillow.
 
-Nothing here is random: what `draws` drew comes in with each image. The values are Pillow's to a rounding, which DALI's own
-contrast (about 128), hue (in YIQ), equalize (OpenCV's) and resized regions (they see beyond their border) are not.
+Nothing here is random: what `draws` drew comes in with each image. The values are Pillow's to a rounding, which DALI's
+own contrast (about 128), hue (in YIQ), equalize (OpenCV's) and resized regions (they see beyond their border) are not.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,8 @@ from rcl_fast.train.data.views import ViewKind, ViewOptions
 
 Node: TypeAlias = DataNode
 
-GEOMETRY = OPERATIONS[NUMBER["shear_x"] :]
+GEOMETRY = OPERATIONS[NUMBER["shear_x"] :]  # their magnitudes come as matrices
+WITHOUT_MAGNITUDE = {"gray", "auto_contrast", "equalize", "invert", *GEOMETRY}
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 _ROUND = 1.5 * 2**52  # adding and subtracting it rounds a float64 to even, as Python and torch do
 
@@ -53,7 +54,8 @@ def given(planned: Plan, draws: Draws, size: int) -> dict[str, Tensor]:
     matrices = operation_matrices(numbers, magnitudes, size)
     for slot, names in enumerate(slots(planned)):
         inputs[f"number {slot}"] = numbers[:, slot].int()
-        inputs[f"magnitude {slot}"] = magnitudes[:, slot]
+        if set(names) - WITHOUT_MAGNITUDE:  # DALI warns of what nobody reads
+            inputs[f"magnitude {slot}"] = magnitudes[:, slot]
         if set(names) & set(GEOMETRY):
             inputs[f"matrix {slot}"] = matrices[:, slot]
     if planned.affine:
@@ -171,7 +173,8 @@ def with_hue_gathered(planned: Plan, numbers: Tensor, magnitudes: Tensor) -> tup
 
 def operation(images: Node, planned: Plan, names: tuple[str, ...], slot: int, inputs: dict[str, Node]) -> Node:
     """The operation of that slot that was drawn for each image, or none."""
-    number, magnitude = inputs[f"number {slot}"], inputs[f"magnitude {slot}"]
+    number = inputs[f"number {slot}"]
+    magnitude = inputs.get(f"magnitude {slot}", number)
     for name in [name for name in names if name in COLOURS]:
         if number == NUMBER[name]:
             images = COLOURS[name](images, magnitude)
