@@ -33,9 +33,9 @@ def _on_the_device_of_the_first(function: Callable[..., Result]) -> Callable[...
     """Triton launches on the current device, which need not be the tensors'."""
 
     @wraps(function)
-    def guarded(first: Tensor, *rest: object) -> Result:
+    def guarded(first: Tensor, *rest: object, **named: object) -> Result:
         with torch.cuda.device_of(first):
-            return function(first, *rest)
+            return function(first, *rest, **named)
 
     return guarded
 
@@ -61,23 +61,25 @@ def forward(
     temperature: float,
     class_average: bool,
     normalize: bool,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ℓ_i [N] and what `backward` reads: lse_i [N] in base 2, keys [M, K], vectors [3, M], key labels [M].
+    """ℓ_i [rows] and what `backward` reads: lse_i [rows] in base 2, keys [M, K], vectors [3, M], key labels [M].
 
     features [N, D] and prototypes [C, D] contiguous and of one dtype; labels [N]. The keys are empty where they would
-    be the features themselves.
+    be the features themselves. rows: of the first so many anchors, though all are keys; None: of all N.
     """
     N, D = features.shape
+    rows = N if rows is None else rows
     M = N + (0 if prototypes is None else prototypes.shape[0])
     K = packed_width(D)
     device = features.device
-    loss = torch.empty(N, dtype=torch.float32, device=device)
-    lse = torch.empty(N, dtype=torch.float32, device=device)
+    loss = torch.empty(rows, dtype=torch.float32, device=device)
+    lse = torch.empty(rows, dtype=torch.float32, device=device)
     vectors = torch.empty(3, M, dtype=torch.float32, device=device)
     key_labels = torch.empty(M, dtype=torch.int32, device=device)
     pack = must_pack(features, prototypes)
     keys = torch.empty((M, K) if pack else (0, K), dtype=features.dtype, device=device)
-    if N == 0:
+    if rows == 0:
         return loss, lse, keys.zero_(), vectors.zero_(), key_labels.zero_()
 
     scan = N <= configs.SCAN_LIMIT
@@ -112,15 +114,15 @@ def forward(
 
     arch = configs.architecture(device)
     kind = configs.kind_of(features.dtype, arch)
-    config = configs.choose("forward", arch, kind, K, N, M)
-    splits, tiles_per_split = _split(arch, triton.cdiv(N, config.rows), triton.cdiv(M, config.keys))
-    partials = torch.empty(splits, 3, N, dtype=torch.float32, device=device)
-    forward_kernel[(triton.cdiv(N, config.rows), splits)](
+    config = configs.choose("forward", arch, kind, K, rows, M)
+    splits, tiles_per_split = _split(arch, triton.cdiv(rows, config.rows), triton.cdiv(M, config.keys))
+    partials = torch.empty(splits, 3, rows, dtype=torch.float32, device=device)
+    forward_kernel[(triton.cdiv(rows, config.rows), splits)](
         keys if pack else features,
         vectors,
         key_labels,
         partials,
-        N,
+        rows,
         M,
         tiles_per_split,
         K=K,
@@ -133,8 +135,8 @@ def forward(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    combine_kernel[(triton.cdiv(N, 128),)](
-        partials, vectors, loss, lse, N, M, splits, AVERAGE=class_average, ROWS=128, num_warps=4
+    combine_kernel[(triton.cdiv(rows, 128),)](
+        partials, vectors, loss, lse, rows, M, splits, AVERAGE=class_average, ROWS=128, num_warps=4
     )
     return loss, lse, keys, vectors, key_labels
 
@@ -152,12 +154,15 @@ def backward(
     bounded: bool,
     for_features: bool,
     for_prototypes: bool,
+    rows: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the raw features [N, D] and prototypes [C, D], each only where it is wanted.
+    """Gradients of the raw features [rows, D] and prototypes [C, D], each only where it is wanted.
 
-    keys [M, K] as packed by `forward`, or the features; upstream [N] with any stride; bounded as `is_bounded` says.
+    keys [M, K] as packed by `forward`, or the features; lse and upstream [N], the latter with any stride; bounded as
+    `is_bounded` says. rows: of the first so many features, and of the prototypes by these anchors' losses; None: all.
     """
     N, M = len(lse), len(keys)
+    rows = N if rows is None else rows
     # Weights of float16 keys are float16 too: with this gain the largest that can occur is 2^14.
     gain = None
     if keys.dtype == torch.float16 and N:
@@ -169,7 +174,7 @@ def backward(
 
     def gradient(row_start: int, row_end: int, key_end: int) -> Tensor:
         out = torch.empty(row_end - row_start, D, dtype=keys.dtype, device=keys.device)
-        if N == 0 or row_start == row_end:
+        if key_end == 0 or row_start == row_end:
             return out.zero_()
         (_in_registers if configs.in_registers(arch, kind, keys.shape[1]) else _through_workspace)(
             arch, kind, out, keys, vectors, key_labels, lse, upstream, gain, row_start, key_end,
@@ -178,8 +183,8 @@ def backward(
         return out
 
     return (
-        gradient(0, N, M) if for_features else None,
-        gradient(N, M, N) if for_prototypes else None,
+        gradient(0, rows, M) if for_features else None,
+        gradient(N, M, rows) if for_prototypes else None,
     )
 
 

@@ -14,14 +14,21 @@ class ContrastiveBatch(NamedTuple):
     """Anchors, keys and options of one loss (paper, eq. 3-6), already checked by `rcl_fast.functional`."""
 
     features: Tensor  # [N, D] the anchors, raw
-    labels: Tensor  # [N] int64 in [0, num_classes)
+    labels: Tensor  # [N] int64 in [0, num_classes); any integers where num_classes is 0 (`with_class_indices`)
     prototypes: Tensor | None  # [C, D] one more key per class, raw
     class_counts: Tensor | None  # [C] n_j; None where nothing is rebalanced
     compression: Tensor | None  # [C] tau_j
-    num_classes: int
+    num_classes: int  # 0: nothing says how many there are
     temperature: float
     class_average: bool
     normalize: bool
+
+
+def with_class_indices(batch: ContrastiveBatch) -> ContrastiveBatch:
+    """Labels in [0, N) where nothing says how many classes there are; the batch as it is otherwise."""
+    if batch.num_classes:
+        return batch
+    return batch._replace(labels=ranks(batch.labels), num_classes=len(batch.labels))
 
 
 def accumulation_dtype(batch: ContrastiveBatch) -> torch.dtype:

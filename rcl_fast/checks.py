@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -128,6 +128,19 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """One of a few names."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_group(group: Any) -> None:
+    """None, or a process group that this process is a member of."""
+    if group is None:
+        return
+    if group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not a member of group; only the members of a group may call the loss with it")
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed process group or None, got {type(group).__name__}; after "
+            "init_process_group() the group of all processes is torch.distributed.group.WORLD"
+        )
 
 
 def as_class_vector(name: str, values: Any, device: torch.device | None = None) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from rcl_fast import checks, reference
+from rcl_fast import checks, distributed, reference
 from rcl_fast.backends import choice, dense, tiled
-from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, ranks
+from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, with_class_indices
 
 BACKENDS = ("auto", "triton", "tiled", "dense", "reference")
 
@@ -28,7 +28,7 @@ def contrastive_loss(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str = "auto",
-    group: Any = None,
+    group: ProcessGroup | None = None,
     validate: bool = False,
 ) -> Tensor:
     """Supervised contrastive loss for long-tailed classes: SCL, BCL, and either with RCL.
@@ -57,15 +57,18 @@ def contrastive_loss(
         reduction: "mean" over the anchors that have a positive, "sum", or "none": [N], 0 without a positive.
         backend: "triton" (GPU kernels), "tiled" (any device, no N×M memory), "dense" (plain PyTorch), "reference"
             (float64 oracle), or "auto": one of the first two, which `rcl_fast.explain_backend` tells.
-        group: reserved for the loss over all processes.
+        group: a torch.distributed process group: the loss is then of all its processes' anchors together, wherever
+            they are, and every process must call it. Gradients are those that DistributedDataParallel's averaging
+            makes one process's; see `rcl_fast.distributed`. None: of this process alone.
         validate: check also the values of tensors on a GPU, which costs a synchronisation.
 
     Returns:
-        A scalar, or [N] for "none": float64 for float64 inputs, float32 otherwise ("reference": always float64).
+        A scalar, the same in every process of `group`, or [N] for "none", of this process's anchors: float64 for
+        float64 inputs, float32 otherwise ("reference": always float64).
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
-        NotImplementedError: group, which is not built yet.
+        RuntimeError: with `group`, where its processes do not agree on options, dtypes or widths.
         ImportError: backend="triton" where Triton is not installed.
 
     >>> loss = contrastive_loss(features, labels, class_counts=counts, prototypes=prototypes,
@@ -73,8 +76,7 @@ def contrastive_loss(
     """
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_choice("backend", backend, BACKENDS)
-    if group is not None:
-        raise NotImplementedError("group is not built yet: the loss is of this process's anchors only; pass group=None")
+    checks.check_group(group)
     batch = _checked_batch(
         features,
         labels,
@@ -89,7 +91,11 @@ def contrastive_loss(
     )
     # The products are the loss's own business: autocast would round its similarities to 16 bits.
     with torch.autocast(features.device.type, enabled=False):
-        return _reduced(batch, reduction, _automatic(batch) if backend == "auto" else backend)
+        if backend == "auto":
+            backend = _automatic(batch)
+        if group is not None:
+            return distributed.contrastive_loss(batch, reduction, backend, group)
+        return _reduced(with_class_indices(batch), reduction, backend)
 
 
 def _automatic(batch: ContrastiveBatch) -> str:
@@ -154,16 +160,12 @@ def _checked_batch(
     if features.ndim == 3:
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
-    if rows:
-        num_classes = next(iter(rows.values()))
+    num_classes = next(iter(rows.values()), 0)
+    if num_classes:
         checks.check_label_values(labels, num_classes, validate)
-        labels = labels.long()
-    else:
-        num_classes = len(labels)
-        labels = ranks(labels)
     return ContrastiveBatch(
         features=features,
-        labels=labels,
+        labels=labels.long(),
         prototypes=prototypes,
         class_counts=class_counts if rebalance else None,
         compression=compression,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from rcl_fast import checks
@@ -56,13 +57,14 @@ class ContrastiveLoss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         backend: str = "auto",
-        group: Any = None,
+        group: ProcessGroup | None = None,
         validate: bool = False,
     ) -> None:
         super().__init__()
         checks.check_temperature(temperature)
         checks.check_choice("reduction", reduction, checks.REDUCTIONS)
         checks.check_choice("backend", backend, BACKENDS)
+        checks.check_group(group)
         if class_counts is not None:
             class_counts = checks.as_class_vector("class_counts", class_counts).clone()
             checks.check_class_counts(class_counts, rebalance, validate=True)

@@ -31,14 +31,7 @@ def contrastive_loss(batch: ContrastiveBatch, chunk_bytes: int | None = None) ->
     """ℓ_i for each anchor [N]; 0 for an anchor without a positive."""
     anchors, prototypes = anchors_and_prototypes(batch)
     log_sum_exp = _LogSumExp.apply(anchors, prototypes, _tiling(batch, anchors, prototypes, chunk_bytes))
-    class_sums = _class_sums(anchors, ranks(batch.labels))
-    if len(prototypes):
-        class_sums = class_sums + prototypes[batch.labels]
-    # Not a matrix product: autograd would run its backward in 16 bits where users call that inside autocast.
-    similarity_sums = (anchors * (class_sums - anchors)).sum(dim=1)
-    positive_mean = similarity_sums / _positive_scale(batch).to(anchors.dtype)
-    losses = log_sum_exp - positive_mean - _anchor_log_counts(batch).to(anchors.dtype)
-    return torch.where(positives_per_anchor(batch) > 0, losses, 0.0)
+    return _losses(batch, anchors, prototypes, log_sum_exp)
 
 
 def weighted_contrastive_loss(batch: ContrastiveBatch, weights: Tensor, chunk_bytes: int | None = None) -> Tensor:
@@ -55,6 +48,77 @@ def weighted_contrastive_loss(batch: ContrastiveBatch, weights: Tensor, chunk_by
     tiling = _tiling(batch, anchors, prototypes, chunk_bytes)
     loss = _WeightedLoss.apply(anchors, prototypes, weights, _positive_scale(batch), tiling)
     return (loss - (weights * _anchor_log_counts(batch)).sum()).to(anchors.dtype)
+
+
+def forward_rows(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """ℓ_i and lse_i of the first `rows` anchors [rows], and what `backward_rows` reads; all anchors are keys."""
+    anchors, prototypes = anchors_and_prototypes(batch)
+    log_sum_exp = _log_sum_exp(anchors, prototypes, _tiling(batch, anchors, prototypes, anchors_wanted=rows))
+    return _losses(batch, anchors, prototypes, log_sum_exp), log_sum_exp, (anchors, prototypes)
+
+
+def backward_rows(
+    batch: ContrastiveBatch, rows: int, saved: tuple[Tensor, ...], log_sum_exp: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by the prototypes.
+
+    log_sum_exp and upstream g are of all anchors, [N] each.
+    """
+    anchors, prototypes = saved
+    upstream = torch.where(positives_per_anchor(batch) > 0, upstream, 0.0)
+    tiling = _tiling(batch, anchors, prototypes, anchors_wanted=rows)
+    for_anchors, for_prototypes = _log_sum_exp_gradients(anchors, prototypes, log_sum_exp, upstream, tiling)
+    classes = ranks(batch.labels)
+    positives = _positive_sums(anchors, prototypes, batch.labels, classes)
+    shares = (upstream / _positive_scale(batch)).to(anchors.dtype)[:, None]
+    _subtract_positives(for_anchors, for_prototypes, anchors, positives, shares, batch.labels, classes, rows)
+    with torch.enable_grad():
+        raw = [batch.features[:rows].detach().requires_grad_()]
+        if batch.prototypes is not None:
+            raw.append(batch.prototypes.detach().requires_grad_())
+        own = batch._replace(labels=batch.labels[:rows], features=raw[0], prototypes=raw[1] if raw[1:] else None)
+        compressed = anchors_and_prototypes(own)
+    gradients = zip(compressed, raw, (for_anchors, for_prototypes), strict=False)
+    for_raw = [torch.autograd.grad(output, leaf, gradient)[0] for output, leaf, gradient in gradients]
+    return for_raw[0], for_raw[1] if for_raw[1:] else None
+
+
+def _losses(batch: ContrastiveBatch, anchors: Tensor, prototypes: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """ℓ_i of the first anchors, as many as there are lse_i."""
+    wanted = slice(len(log_sum_exp))
+    positives = _positive_sums(anchors, prototypes, batch.labels, ranks(batch.labels))
+    # Not a matrix product: autograd would run its backward in 16 bits where users call that inside autocast.
+    similarity_sums = (anchors[wanted] * positives[wanted]).sum(dim=1)
+    positive_mean = similarity_sums / _positive_scale(batch)[wanted].to(anchors.dtype)
+    losses = log_sum_exp - positive_mean - _anchor_log_counts(batch)[wanted].to(anchors.dtype)
+    return torch.where(positives_per_anchor(batch)[wanted] > 0, losses, 0.0)
+
+
+def _positive_sums(anchors: Tensor, prototypes: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Σ_{p ∈ P(i)} h̃_p [N, D]; classes [N]: the labels as numbers in [0, N)."""
+    positives = _class_sums(anchors, classes).sub_(anchors)  # the anchor is not its own positive
+    if len(prototypes):
+        positives += prototypes[labels]
+    return positives
+
+
+def _subtract_positives(
+    for_anchors: Tensor | None,
+    for_prototypes: Tensor | None,
+    anchors: Tensor,
+    positives: Tensor,
+    shares: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    rows: int,
+) -> None:
+    """Take the gradient of Σ_i shares_i Σ_{p ∈ P(i)} h̃_i · h̃_p off that of the first `rows` anchors, and its terms
+    i < rows off that of the prototypes; shares [N, 1]. Overwrites positives."""
+    shared, own = shares * anchors, slice(rows)
+    if for_anchors is not None:
+        for_anchors.sub_(positives[own].mul_(shares[own])).sub_(_class_sums(shared, classes)[own]).add_(shared[own])
+    if for_prototypes is not None:
+        for_prototypes.index_add_(0, labels[own], shared[own], alpha=-1)
 
 
 def _class_sums(rows: Tensor, classes: Tensor) -> Tensor:
@@ -77,6 +141,7 @@ def _anchor_log_counts(batch: ContrastiveBatch) -> Tensor:
 class _Tiling(NamedTuple):
     """The constants of the log-sum-exp: labels, the logarithmic weights b_ik, and rows to a chunk."""
 
+    anchors_wanted: int  # the first of the N; all of them are keys
     labels: Tensor  # [N]
     key_log_weights: Tensor  # [M] b of each key, as an anchor of another class meets it
     own_log_weights: Tensor | None  # [N] what b gains on keys of the own class; None: nothing
@@ -84,8 +149,8 @@ class _Tiling(NamedTuple):
     rows: int
 
     def chunks(self) -> Iterator[slice]:
-        for start in range(0, len(self.labels), self.rows):
-            yield slice(start, min(start + self.rows, len(self.labels)))
+        for start in range(0, self.anchors_wanted, self.rows):
+            yield slice(start, min(start + self.rows, self.anchors_wanted))
 
     def logits(self, chunk: slice, anchors: Tensor, prototypes: Tensor, key_log_weights: Tensor) -> Tensor:
         """s_ik + b_ik of a chunk's anchors with every key [rows, M], −inf where the key is the anchor itself."""
@@ -103,12 +168,19 @@ class _Tiling(NamedTuple):
         return logits
 
 
-def _tiling(batch: ContrastiveBatch, anchors: Tensor, prototypes: Tensor, chunk_bytes: int | None) -> _Tiling:
+def _tiling(
+    batch: ContrastiveBatch,
+    anchors: Tensor,
+    prototypes: Tensor,
+    chunk_bytes: int | None = None,
+    anchors_wanted: int | None = None,
+) -> _Tiling:
     by_class = class_log_weights(batch)
     N, M = len(anchors), len(anchors) + len(prototypes)
     bytes_a_row = anchors.element_size() * (M + N) + N  # the logits, the own-class term and its mask
     chunk_bytes = chunk_bytes or CHUNK_BYTES.get(anchors.device.type, CHUNK_BYTES["cuda"])
     return _Tiling(
+        anchors_wanted=N if anchors_wanted is None else anchors_wanted,
         labels=batch.labels,
         key_log_weights=torch.cat([by_class[batch.labels], by_class[: len(prototypes)]]),
         own_log_weights=own_class_log_weights(batch) if batch.class_average else None,
@@ -152,17 +224,11 @@ class _WeightedLoss(torch.autograd.Function):
                 for_prototypes.addmm_(to_prototypes.T, anchors[chunk])
 
         classes = ranks(labels)
-        positives = _class_sums(anchors, classes).sub_(anchors)  # the anchor is not its own positive
-        if len(prototypes):
-            positives += prototypes[labels]
+        positives = _positive_sums(anchors, prototypes, labels, classes)
         shares = weights / positive_scale  # of each positive's similarity in the total
         total -= (shares * row_products(anchors, positives).squeeze(1)).sum()
         shares = shares.to(anchors.dtype)[:, None]
-        shared = shares * anchors
-        if for_anchors is not None:
-            for_anchors.sub_(positives.mul_(shares)).sub_(_class_sums(shared, classes)).add_(shared)
-        if for_prototypes is not None:
-            for_prototypes.index_add_(0, labels, shared, alpha=-1)
+        _subtract_positives(for_anchors, for_prototypes, anchors, positives, shares, labels, classes, N)
         ctx.save_for_backward(for_anchors, for_prototypes)
         return total
 
@@ -179,11 +245,7 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, prototypes: Tensor, tiling: _Tiling) -> Tensor:
-        log_sum_exp = anchors.new_empty(len(anchors))
-        for chunk in tiling.chunks():
-            logits = tiling.logits(chunk, anchors, prototypes, tiling.key_log_weights)
-            _, pivots, sums = _exponentials(logits)
-            log_sum_exp[chunk] = (sums.log() + pivots).squeeze(1)
+        log_sum_exp = _log_sum_exp(anchors, prototypes, tiling)
         ctx.save_for_backward(anchors, prototypes, log_sum_exp)
         ctx.tiling = tiling
         return log_sum_exp
@@ -193,23 +255,41 @@ class _LogSumExp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         anchors, prototypes, log_sum_exp = ctx.saved_tensors
-        tiling: _Tiling = ctx.tiling
-        N = len(anchors)
-        # An anchor without a key has an lse of −inf and logits of −inf: any finite pivot gives exp(−inf) = 0.
-        log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0)
-        no_weights = torch.zeros_like(tiling.key_log_weights)
-        for_anchors = torch.empty_like(anchors)
-        for_prototypes = torch.zeros_like(prototypes) if ctx.needs_input_grad[1] else None
-        for chunk in tiling.chunks():
-            # s and the own-class gain are symmetric: with b of the other side they give G_ak and G_ka.
-            symmetric = tiling.logits(chunk, anchors, prototypes, no_weights)
-            columns = symmetric[:, :N] + tiling.key_log_weights[chunk, None]
-            columns = columns.sub_(log_sum_exp).exp_().mul_(upstream)  # G_ka
-            rows = symmetric.add_(tiling.key_log_weights)
-            rows = rows.sub_(log_sum_exp[chunk, None]).exp_().mul_(upstream[chunk, None])  # G_ak
-            if for_prototypes is not None:
-                for_prototypes.addmm_(rows[:, N:].T, anchors[chunk], alpha=1 / tiling.temperature)
-            rows[:, :N] += columns
-            own = (rows[:, :N] @ anchors).addmm_(rows[:, N:], prototypes)
-            for_anchors[chunk] = own / tiling.temperature
-        return for_anchors, for_prototypes, None
+        return *_log_sum_exp_gradients(anchors, prototypes, log_sum_exp, upstream, ctx.tiling), None
+
+
+def _log_sum_exp(anchors: Tensor, prototypes: Tensor, tiling: _Tiling) -> Tensor:
+    """lse_i of the anchors that are wanted."""
+    log_sum_exp = anchors.new_empty(tiling.anchors_wanted)
+    for chunk in tiling.chunks():
+        logits = tiling.logits(chunk, anchors, prototypes, tiling.key_log_weights)
+        _, pivots, sums = _exponentials(logits)
+        log_sum_exp[chunk] = (sums.log() + pivots).squeeze(1)
+    return log_sum_exp
+
+
+def _log_sum_exp_gradients(
+    anchors: Tensor, prototypes: Tensor, log_sum_exp: Tensor, upstream: Tensor, tiling: _Tiling
+) -> tuple[Tensor, Tensor]:
+    """The gradient of Σ_k g_k lse_k by the anchors that are wanted, and of their own terms by the prototypes.
+
+    log_sum_exp and upstream g are of all anchors, [N] each.
+    """
+    N = len(anchors)
+    # An anchor without a key has an lse of −inf and logits of −inf: any finite pivot gives exp(−inf) = 0.
+    log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0)
+    no_weights = torch.zeros_like(tiling.key_log_weights)
+    for_anchors = torch.empty_like(anchors[: tiling.anchors_wanted])
+    for_prototypes = torch.zeros_like(prototypes)
+    for chunk in tiling.chunks():
+        # s and the own-class gain are symmetric: with b of the other side they give G_ak and G_ka.
+        symmetric = tiling.logits(chunk, anchors, prototypes, no_weights)
+        columns = symmetric[:, :N] + tiling.key_log_weights[chunk, None]
+        columns = columns.sub_(log_sum_exp).exp_().mul_(upstream)  # G_ka
+        rows = symmetric.add_(tiling.key_log_weights)
+        rows = rows.sub_(log_sum_exp[chunk, None]).exp_().mul_(upstream[chunk, None])  # G_ak
+        for_prototypes.addmm_(rows[:, N:].T, anchors[chunk], alpha=1 / tiling.temperature)
+        rows[:, :N] += columns
+        own = (rows[:, :N] @ anchors).addmm_(rows[:, N:], prototypes)
+        for_anchors[chunk] = own / tiling.temperature
+    return for_anchors, for_prototypes

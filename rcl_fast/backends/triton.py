@@ -35,8 +35,41 @@ def reduced_contrastive_loss(batch: ContrastiveBatch, reduction: str) -> Tensor:
     return total / (keys_of_own_class > 1).sum().clamp(min=1)
 
 
+def forward_rows(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """ℓ_i and lse_i (base 2) of the first `rows` anchors [rows], and what `backward_rows` reads; all anchors are keys.
+
+    Raises as `contrastive_loss` does.
+    """
+    arguments = _arguments(batch)
+    losses, lse, keys, vectors, key_labels = launch.forward(*arguments, rows=rows)
+    if not launch.must_pack(*arguments[:2]):
+        keys = arguments[0]
+    return losses, lse, (keys, vectors, key_labels)
+
+
+def backward_rows(
+    batch: ContrastiveBatch, rows: int, saved: tuple[Tensor, ...], lse: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by the prototypes.
+
+    lse and upstream g are of all anchors, [N] each.
+    """
+    bounded = launch.is_bounded(batch.temperature, batch.normalize, batch.compression is not None)
+    for_features, for_prototypes = launch.backward(
+        *saved, lse, upstream, batch.features.shape[1], batch.class_average, batch.normalize, bounded,
+        True, batch.prototypes is not None, rows=rows,
+    )  # fmt: skip
+    assert for_features is not None  # asked for
+    return for_features, for_prototypes
+
+
 def _outputs(batch: ContrastiveBatch) -> tuple[Tensor, ...]:
     """What `launch.forward` returns, the loss differentiable."""
+    return (_forward_op if _is_traced() else _Loss.apply)(*_arguments(batch))
+
+
+def _arguments(batch: ContrastiveBatch) -> tuple[Any, ...]:
+    """Those of `launch.forward`: of one dtype, and contiguous."""
     features, prototypes = batch.features, batch.prototypes
     dtype = features.dtype if prototypes is None else torch.promote_types(features.dtype, prototypes.dtype)
     if dtype == torch.float64:
@@ -46,7 +79,7 @@ def _outputs(batch: ContrastiveBatch) -> tuple[Tensor, ...]:
     features = features.to(dtype).contiguous()
     if prototypes is not None:
         prototypes = prototypes.to(dtype).contiguous()
-    arguments = (
+    return (
         features,
         prototypes,
         batch.labels.contiguous(),
@@ -57,7 +90,6 @@ def _outputs(batch: ContrastiveBatch) -> tuple[Tensor, ...]:
         batch.class_average,
         batch.normalize,
     )
-    return (_forward_op if _is_traced() else _Loss.apply)(*arguments)
 
 
 def _is_traced() -> bool:

@@ -112,6 +112,7 @@ def assert_as_exact_as_plain(
     upstream: Tensor | None = None,
     factor: float = 2.0,
     truth: Callable[[ContrastiveBatch], Tensor] = reference.contrastive_loss,
+    loss: Callable[[ContrastiveBatch], Tensor] = backend.contrastive_loss,
 ) -> None:
     """Our error against float64 is at most `factor` of plain PyTorch's in the same dtype, and rounding.
 
@@ -119,7 +120,7 @@ def assert_as_exact_as_plain(
     of that magnitude for storing it, and sixteen in float32, for what happens to be exact in plain PyTorch.
     """
     exactly = loss_and_gradients(truth, batch, upstream)
-    ours = loss_and_gradients(backend.contrastive_loss, batch, upstream)
+    ours = loss_and_gradients(loss, batch, upstream)
     theirs = loss_and_gradients(plain, batch, upstream)
     log_n = 0.0 if batch.class_counts is None else float(batch.class_counts.double().log().max())
     for name, exact, our, their in zip(("loss", "features", "prototypes"), exactly, ours, theirs, strict=False):

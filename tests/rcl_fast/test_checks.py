@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import draw_case
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.distributed import GroupMember
 
 from rcl_fast import ContrastiveLoss, contrastive_loss
 
@@ -49,7 +50,8 @@ Y = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
         ({"temperature": torch.tensor(0.1)}, TypeError, ["temperature", "Python number", "Tensor"]),
         ({"reduction": "avg"}, ValueError, ["reduction", "'mean'", "'avg'"]),
         ({"backend": "cuda"}, ValueError, ["backend", "'tiled'", "'cuda'"]),
-        ({"group": object()}, NotImplementedError, ["group"]),
+        ({"group": object()}, TypeError, ["group", "object", "init_process_group"]),
+        ({"group": GroupMember.NON_GROUP_MEMBER}, ValueError, ["not a member of group"]),
     ],
 )
 def test_bad_input_is_refused(changes: dict[str, Any], error: type[Exception], parts: list[str]) -> None:
@@ -93,6 +95,7 @@ def test_the_default_path_waits_for_no_gpu(backend: str, reduction: str) -> None
         ({"class_counts": [3, 2], "compression": [1.0]}, ValueError, "compression has 1"),
         ({"reduction": "avg"}, ValueError, "reduction"),
         ({"backend": "cuda"}, ValueError, "backend"),
+        ({"group": "world"}, TypeError, "group"),
     ],
 )
 def test_the_module_refuses_at_construction(options: dict[str, Any], error: type[Exception], part: str) -> None:

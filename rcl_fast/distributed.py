@@ -1,0 +1,229 @@
+"""The loss of all processes' anchors together, each process computing its own anchors' part.
+
+Every process gathers features and labels once forward, and lse and upstream weights (two numbers an anchor) once
+backward. The gradient of its own features it then has whole, their terms in other processes' losses included: no
+gradient travels. The equations are in backends/README.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from rcl_fast import reference
+from rcl_fast.backends import dense, tiled
+from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, with_class_indices, without_autocast
+
+HEADER_BYTES, TOTAL_BYTES, LABEL_BYTES = 16, 8, 8
+ALIGNMENT = 16  # bytes; of each block in a buffer, so that its numbers can be viewed where they lie
+
+
+def bytes_sent(anchors: int, dimensions: int, dtype: torch.dtype = torch.float32, reduction: str = "mean") -> int:
+    """Bytes that one process gives to its collectives in one step, forward and backward.
+
+    anchors: of the process that has most of them, as others are padded to it. A ring carries W − 1 times as much
+    through each process of W. Prototypes are everyone's already and stay where they are.
+    """
+    loss_bytes = 8 if dtype == torch.float64 else 4
+    forward = _aligned(anchors * dimensions * dtype.itemsize) + _aligned(anchors * LABEL_BYTES)
+    backward = 2 * _aligned(anchors * loss_bytes)
+    return HEADER_BYTES + forward + backward + (0 if reduction == "none" else TOTAL_BYTES)
+
+
+@torch.compiler.disable  # sizes of other processes are known at run time only
+def contrastive_loss(batch: ContrastiveBatch, reduction: str, backend: str, group: ProcessGroup) -> Tensor:
+    """The loss of the anchors of all processes in `group`: a scalar, the same in each; for "none" [N] of its own.
+
+    With W processes the gradients are W times the true ones: of its own features, as their part in everyone's loss; of
+    the prototypes, which every process holds alike, by its own anchors' losses. DistributedDataParallel divides their
+    sum by W, which gives the gradients of one process with the whole batch.
+
+    Every process of the group must call it, and run backward, as often as the others. Local batches may be uneven or
+    empty. `batch` is this process's. "reference" and "dense" compute everyone's losses in every process.
+
+    Raises:
+        RuntimeError: in every process, where they do not agree on options, dtypes or widths.
+    """
+    sizes = _agreed_sizes(batch, reduction, backend, group)
+    features, labels = _gathered([batch.features.detach(), batch.labels], sizes, group)
+    everyone = with_class_indices(batch._replace(features=features, labels=labels))
+    losses = _OwnLosses.apply(batch.features, batch.prototypes, everyone, sizes, _rows_of(backend), group)
+    if reduction == "none":
+        return losses
+    total = _Total.apply(losses, group)
+    if reduction == "sum":
+        return total
+    return total / (positives_per_anchor(everyone) > 0).sum().clamp(min=1)
+
+
+class _Rows(NamedTuple):
+    """How a backend computes the losses of the first rows of a batch, and their gradients: see backends/tiled.py."""
+
+    forward: Callable[[ContrastiveBatch, int], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+    backward: Callable[[ContrastiveBatch, int, tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def _rows_of(backend: str) -> _Rows:
+    if backend == "tiled":
+        return _Rows(tiled.forward_rows, tiled.backward_rows)
+    if backend == "triton":
+        from rcl_fast.backends import triton  # needs Triton, which not every platform has
+
+        return _Rows(triton.forward_rows, triton.backward_rows)
+    return _rows_of_all_losses({"dense": dense, "reference": reference}[backend])
+
+
+def _rows_of_all_losses(module: ModuleType) -> _Rows:
+    """By autograd through the losses of all anchors: obvious, and as much work in each process as in one alone."""
+
+    def forward(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        losses = module.contrastive_loss(batch)[:rows]
+        return losses, torch.zeros_like(losses), ()  # autograd needs no lse
+
+    def backward(
+        batch: ContrastiveBatch, rows: int, saved: tuple[Tensor, ...], lse: Tensor, upstream: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        with torch.enable_grad():
+            batch = batch._replace(features=batch.features.detach().requires_grad_())
+            if batch.prototypes is not None:
+                batch = batch._replace(prototypes=batch.prototypes.detach().requires_grad_())
+            losses = module.contrastive_loss(batch)
+        (for_features,) = torch.autograd.grad(losses, batch.features, upstream, retain_graph=True)
+        if batch.prototypes is None:
+            return for_features[:rows], None
+        own_upstream = torch.where(torch.arange(len(upstream), device=upstream.device) < rows, upstream, 0.0)
+        (for_prototypes,) = torch.autograd.grad(losses, batch.prototypes, own_upstream)
+        return for_features[:rows], for_prototypes
+
+    return _Rows(forward, backward)
+
+
+class _OwnLosses(torch.autograd.Function):
+    """ℓ_i of this process's anchors. `everyone` has all anchors as keys, this process's first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        prototypes: Tensor | None,
+        everyone: ContrastiveBatch,
+        sizes: list[int],
+        rows_of: _Rows,
+        group: ProcessGroup,
+    ) -> Tensor:
+        losses, lse, saved = rows_of.forward(everyone, len(features))
+        ctx.save_for_backward(lse, *saved)
+        ctx.everyone, ctx.sizes, ctx.rows_of, ctx.group = everyone, sizes, rows_of, group
+        ctx.dtypes = features.dtype, None if prototypes is None else prototypes.dtype
+        return losses
+
+    @staticmethod
+    @without_autocast
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        lse, *saved = ctx.saved_tensors
+        everyones = _gathered([lse, upstream.to(lse.dtype)], ctx.sizes, ctx.group)
+        gradients = ctx.rows_of.backward(ctx.everyone, len(lse), tuple(saved), *everyones)
+        processes = len(ctx.sizes)
+        scaled = (
+            None if gradient is None else (gradient * processes).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None, None
+
+
+class _Total(torch.autograd.Function):
+    """The sum of all processes' losses, the same bits in each; its gradient by the own ones is 1."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.anchors = len(losses)
+        total = losses.sum(dtype=torch.float64)
+        distributed.all_reduce(total, group=group)
+        return total.to(losses.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream.expand(ctx.anchors), None
+
+
+def _agreed_sizes(batch: ContrastiveBatch, reduction: str, backend: str, group: ProcessGroup) -> list[int]:
+    """Anchors of each process; raises RuntimeError where the processes' calls differ in anything else."""
+    facts = _facts(batch, reduction, backend)
+    header = torch.tensor([len(batch.features), _digest(facts)], device=batch.features.device)
+    headers = header.new_empty(distributed.get_world_size(group) * len(header))
+    distributed.all_gather_into_tensor(headers, header, group=group)
+    sizes, digests = headers.view(-1, len(header)).T.tolist()
+    if len(set(digests)) > 1:
+        raise RuntimeError(_difference(facts, group))
+    return sizes
+
+
+def _facts(batch: ContrastiveBatch, reduction: str, backend: str) -> dict[str, str]:
+    """What must be the same in every process, by the name that a person knows it by."""
+    facts = {
+        "the width of the features": batch.features.shape[1],
+        "the dtype of the features": batch.features.dtype,
+        "prototypes": None if batch.prototypes is None else (*batch.prototypes.shape, batch.prototypes.dtype),
+        "the number of classes": batch.num_classes or "unknown",
+        "rebalance": batch.class_counts is not None,
+        "compression": "none" if batch.compression is None else "given",
+        "temperature": batch.temperature,
+        "class_average": batch.class_average,
+        "normalize": batch.normalize,
+        "reduction": reduction,
+        "the backend (auto: by device and dtype)": backend,
+    }
+    return {name: str(value) for name, value in facts.items()}
+
+
+def _digest(facts: dict[str, str]) -> int:
+    """A number that tells facts apart, the same in every process, which Python's own hash is not."""
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "little")
+
+
+def _difference(facts: dict[str, str], group: ProcessGroup) -> str:
+    everyones: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(everyones, facts, group=group)
+    for process, others in enumerate(everyones):
+        for name, value in others.items():
+            if value != everyones[0][name]:
+                return (
+                    f"the processes of group must call the loss alike, and they differ in {name}: process 0 has "
+                    f"{everyones[0][name]}, process {process} has {value}"
+                )
+    raise AssertionError("unreachable: their digests differ")
+
+
+def _gathered(parts: list[Tensor], sizes: list[int], group: ProcessGroup) -> list[Tensor]:
+    """Each tensor [n, ...] of all processes as one [N, ...], this process's rows first. One collective of bytes.
+
+    Local sizes being uneven, all are padded to the largest.
+    """
+    largest, processes, this = max(sizes), len(sizes), distributed.get_rank(group)
+    if largest == 0:
+        return parts
+    widths = [part.element_size() * math.prod(part.shape[1:]) for part in parts]  # bytes of a row
+    blocks = [_aligned(largest * width) for width in widths]
+    mine = torch.empty(sum(blocks), dtype=torch.uint8, device=parts[0].device)
+    for part, width, block in zip(parts, widths, mine.split(blocks), strict=True):
+        block[: len(part) * width].view(part.dtype).copy_(part.reshape(-1))
+    everyones = mine.new_empty(processes, len(mine))
+    distributed.all_gather_into_tensor(everyones.view(-1), mine, group=group)
+    own_first = [this, *(process for process in range(processes) if process != this)]
+    gathered = []
+    for part, width, block in zip(parts, widths, everyones.split(blocks, dim=1), strict=True):
+        rows = (block[process, : sizes[process] * width].view(part.dtype) for process in own_first)
+        gathered.append(torch.cat(list(rows)).view(-1, *part.shape[1:]))
+    return gathered
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

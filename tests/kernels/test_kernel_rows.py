@@ -1,0 +1,67 @@
+"""The kernels on part of the anchors, all of them being keys: what each of several processes computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from batches import PRESETS, assert_as_exact_as_plain, random_batch
+from torch import Tensor
+
+from rcl_fast.backends import triton as backend
+from rcl_fast.batch import ContrastiveBatch
+
+
+def losses_by_parts(batch: ContrastiveBatch, sizes: list[int]) -> Tensor:
+    """ℓ_i as processes with so many anchors each compute them, and their gradients."""
+    return _Parts.apply(batch.features, batch.prototypes, batch, sizes)
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, prototypes: Tensor | None, batch: ContrastiveBatch, sizes: list[int]
+    ) -> Tensor:
+        ctx.orders = [_own_first(len(features), sizes, part) for part in range(len(sizes))]
+        ctx.batches = [batch._replace(features=features[order], labels=batch.labels[order]) for order in ctx.orders]
+        ctx.sizes = sizes
+        losses, lse, ctx.saved = zip(*map(backend.forward_rows, ctx.batches, sizes), strict=True)
+        ctx.lse = torch.cat(lse)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            backend.backward_rows(batch, size, saved, ctx.lse[order], upstream[order])
+            for batch, size, saved, order in zip(ctx.batches, ctx.sizes, ctx.saved, ctx.orders, strict=True)
+        ]
+        for_features, for_prototypes = zip(*gradients, strict=True)
+        total = None if for_prototypes[0] is None else torch.stack(for_prototypes).float().sum(0)
+        return torch.cat(for_features), total, None, None
+
+
+def _own_first(n: int, sizes: list[int], part: int) -> Tensor:
+    parts = list(torch.arange(n).split(sizes))
+    return torch.cat([parts.pop(part), *parts])
+
+
+@pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("sizes", [[50], [33, 17], [1, 0, 49]], ids=str)
+def test_parts_make_the_whole(
+    preset: str, sizes: list[int], register_width: int, tiny_tiles: Callable[..., None], device: torch.device
+) -> None:
+    tiny_tiles(register_width=register_width)
+    batch = random_batch(device, N=50, C=37, D=40, **PRESETS[preset])
+    assert_as_exact_as_plain(batch, loss=partial(losses_by_parts, sizes=sizes))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.02], ids=["bounded", "online"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits(dtype: torch.dtype, temperature: float, device: torch.device) -> None:
+    batch = random_batch(device, N=50, C=9, D=40, dtype=dtype, compressed=True, temperature=temperature)
+    # Two parts of the prototypes' gradient are each rounded to the dtype before they are added up.
+    assert_as_exact_as_plain(batch, loss=partial(losses_by_parts, sizes=[29, 21]), factor=3)
