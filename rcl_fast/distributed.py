@@ -1,8 +1,8 @@
 """The loss of all processes' anchors together, each process computing its own anchors' part.
 
-Every process gathers features and labels once forward, and lse and upstream weights (two numbers an anchor) once
-backward. The gradient of its own features it then has whole, their terms in other processes' losses included: no
-gradient travels. The equations are in backends/README.md.
+Every process gathers features and labels, then lse and losses (two numbers an anchor). The gradient of its own
+features it then has whole, their terms in other processes' losses included: no gradient travels, and the backward
+pass waits for nobody. The equations are in backends/README.md.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from rcl_fast import reference
 from rcl_fast.backends import dense, tiled
 from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, with_class_indices, without_autocast
 
-HEADER_BYTES, TOTAL_BYTES, LABEL_BYTES = 16, 8, 8
+HEADER_BYTES, LABEL_BYTES = 16, 8
 ALIGNMENT = 16  # bytes; of each block in a buffer, so that its numbers can be viewed where they lie
 
 
-def bytes_sent(anchors: int, dimensions: int, dtype: torch.dtype = torch.float32, reduction: str = "mean") -> int:
-    """Bytes that one process gives to its collectives in one step, forward and backward.
+def bytes_sent(anchors: int, dimensions: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that one process gives to its collectives in one step, forward and backward, of any reduction.
 
     anchors: of the process that has most of them, as others are padded to it. A ring carries W − 1 times as much
     through each process of W. Prototypes are everyone's already and stay where they are.
     """
     loss_bytes = 8 if dtype == torch.float64 else 4
-    forward = _aligned(anchors * dimensions * dtype.itemsize) + _aligned(anchors * LABEL_BYTES)
-    backward = 2 * _aligned(anchors * loss_bytes)
-    return HEADER_BYTES + forward + backward + (0 if reduction == "none" else TOTAL_BYTES)
+    rows = _aligned(anchors * dimensions * dtype.itemsize) + _aligned(anchors * LABEL_BYTES)
+    return HEADER_BYTES + rows + 2 * _aligned(anchors * loss_bytes)
 
 
 @torch.compiler.disable  # sizes of other processes are known at run time only
@@ -45,8 +44,9 @@ def contrastive_loss(batch: ContrastiveBatch, reduction: str, backend: str, grou
     the prototypes, which every process holds alike, by its own anchors' losses. DistributedDataParallel divides their
     sum by W, which gives the gradients of one process with the whole batch.
 
-    Every process of the group must call it, and run backward, as often as the others. Local batches may be uneven or
-    empty. `batch` is this process's. "reference" and "dense" compute everyone's losses in every process.
+    Every process of the group must call it as often as the others, and scale the scalar alike before backward; for
+    "none" it must run backward as often, too. Local batches may be uneven or empty. `batch` is this process's.
+    "reference" and "dense" compute everyone's losses in every process.
 
     Raises:
         RuntimeError: in every process, where they do not agree on options, dtypes or widths.
@@ -54,13 +54,12 @@ def contrastive_loss(batch: ContrastiveBatch, reduction: str, backend: str, grou
     sizes = _agreed_sizes(batch, reduction, backend, group)
     features, labels = _gathered([batch.features.detach(), batch.labels], sizes, group)
     everyone = with_class_indices(batch._replace(features=features, labels=labels))
-    losses = _OwnLosses.apply(batch.features, batch.prototypes, everyone, sizes, _rows_of(backend), group)
+    call = _Call(everyone, sizes, _rows_of(backend), group)
     if reduction == "none":
-        return losses
-    total = _Total.apply(losses, group)
-    if reduction == "sum":
-        return total
-    return total / (positives_per_anchor(everyone) > 0).sum().clamp(min=1)
+        return _OwnLosses.apply(batch.features, batch.prototypes, call)
+    counted = (positives_per_anchor(everyone) > 0).sum().double()
+    weight = 1 / counted.clamp(min=1) if reduction == "mean" else torch.ones_like(counted)
+    return _WeightedTotal.apply(batch.features, batch.prototypes, weight, call)
 
 
 class _Rows(NamedTuple):
@@ -105,53 +104,72 @@ def _rows_of_all_losses(module: ModuleType) -> _Rows:
     return _Rows(forward, backward)
 
 
+class _Call(NamedTuple):
+    """What both passes of a loss need to know."""
+
+    everyone: ContrastiveBatch  # all anchors, this process's first, and what is everyone's
+    sizes: list[int]  # anchors of each process
+    rows_of: _Rows
+    group: ProcessGroup
+
+    def gradients(
+        self, own: tuple[Tensor | None, ...], saved: tuple[Tensor, ...], lse: Tensor, upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """W times those of the own features and prototypes; lse and upstream are of all anchors."""
+        this = self.sizes[distributed.get_rank(self.group)]
+        gradients = self.rows_of.backward(self.everyone, this, saved, lse, upstream)
+        return tuple(
+            None if leaf is None or gradient is None else (gradient * len(self.sizes)).to(leaf.dtype)
+            for leaf, gradient in zip(own, gradients, strict=True)
+        )
+
+
 class _OwnLosses(torch.autograd.Function):
-    """ℓ_i of this process's anchors. `everyone` has all anchors as keys, this process's first."""
+    """ℓ_i of this process's anchors, whose upstream weights are known in the backward pass only."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        prototypes: Tensor | None,
-        everyone: ContrastiveBatch,
-        sizes: list[int],
-        rows_of: _Rows,
-        group: ProcessGroup,
-    ) -> Tensor:
-        losses, lse, saved = rows_of.forward(everyone, len(features))
-        ctx.save_for_backward(lse, *saved)
-        ctx.everyone, ctx.sizes, ctx.rows_of, ctx.group = everyone, sizes, rows_of, group
-        ctx.dtypes = features.dtype, None if prototypes is None else prototypes.dtype
+    def forward(ctx: Any, features: Tensor, prototypes: Tensor | None, call: _Call) -> Tensor:
+        losses, lse, saved = call.rows_of.forward(call.everyone, len(features))
+        ctx.save_for_backward(features, prototypes, lse, *saved)
+        ctx.call = call
         return losses
 
     @staticmethod
     @without_autocast
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        lse, *saved = ctx.saved_tensors
-        everyones = _gathered([lse, upstream.to(lse.dtype)], ctx.sizes, ctx.group)
-        gradients = ctx.rows_of.backward(ctx.everyone, len(lse), tuple(saved), *everyones)
-        processes = len(ctx.sizes)
-        scaled = (
-            None if gradient is None else (gradient * processes).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-        return *scaled, None, None, None, None
+        features, prototypes, lse, *saved = ctx.saved_tensors
+        call: _Call = ctx.call
+        lse, upstream = _gathered([lse, upstream.to(lse.dtype)], call.sizes, call.group)
+        return *call.gradients((features, prototypes), tuple(saved), lse, upstream), None
 
 
-class _Total(torch.autograd.Function):
-    """The sum of all processes' losses, the same bits in each; its gradient by the own ones is 1."""
+class _WeightedTotal(torch.autograd.Function):
+    """weight · Σ_i ℓ_i of everyone's anchors; being scaled alike everywhere, its backward pass needs nobody."""
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.anchors = len(losses)
-        total = losses.sum(dtype=torch.float64)
-        distributed.all_reduce(total, group=group)
+    def forward(ctx: Any, features: Tensor, prototypes: Tensor | None, weight: Tensor, call: _Call) -> Tensor:
+        losses, lse, saved = call.rows_of.forward(call.everyone, len(features))
+        lse, losses = _gathered([lse, losses], call.sizes, call.group)
+        ctx.save_for_backward(features, prototypes, weight, lse, *saved)
+        ctx.call = call
+        total = _in_order(losses, call).sum(dtype=torch.float64) * weight
         return total.to(losses.dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream.expand(ctx.anchors), None
+    @without_autocast
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        features, prototypes, weight, lse, *saved = ctx.saved_tensors
+        upstreams = (upstream * weight).to(lse.dtype).expand(len(lse))
+        return *ctx.call.gradients((features, prototypes), tuple(saved), lse, upstreams), None, None
+
+
+def _in_order(rows: Tensor, call: _Call) -> Tensor:
+    """Rows of all anchors by process, so that their sum has the same bits in each."""
+    this = distributed.get_rank(call.group)
+    own, before = call.sizes[this], sum(call.sizes[:this])
+    return torch.cat([rows[own : own + before], rows[:own], rows[own + before :]])
 
 
 def _agreed_sizes(batch: ContrastiveBatch, reduction: str, backend: str, group: ProcessGroup) -> list[int]:
