@@ -21,7 +21,7 @@ The loss is timed by itself, forward and backward, on the step's own embeddings 
 each time: an upper bound, as within a step a GPU would hide the host's work. The cross-entropy side is not in it.
 
 Two limits, of no algorithm but of the machine:
-  operations   of the network's products and convolutions, forward and backward (counted by PyTorch, the loss left out),
+  operations   of the network's products and convolutions, forward and backward (the loss left out),
                at the measured speed of one large product in our precision
   bytes        five passes over the outputs of the convolutions, as even perfect fusion would need: written and read
                forward, read again backward, their gradient written and read; at the measured speed of a large copy
@@ -51,7 +51,7 @@ from gpu_loss import describe, measured_peak
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rcl_fast.train import config, engine
 from rcl_fast.train.data.choice import build, choose
@@ -121,6 +121,8 @@ class Variant(NamedTuple):
 def main(options: Options) -> None:
     if options.dry_run:
         options = replace(options, arch="resnet32", batch_size=8, rounds=2, steps=2, compile=False)
+    if options.rounds < 2:
+        raise SystemExit(f"--rounds must be at least 2, got {options.rounds}: the spread is a figure too")
     torch.set_num_threads(options.workers)
     with tempfile.TemporaryDirectory() as folder:
         case, splits = build_case(options, Path(folder))
@@ -157,6 +159,7 @@ def measure(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]
     variants = [
         prepared(loop, images, case, options) for loop, kinds in loops(case, splits, options) for images in kinds
     ]
+    print(f"everything is warm; {options.rounds} rounds of {len(variants)} variants", flush=True)
     rates: list[list[float]] = [[] for _ in variants]
     losses: list[list[float]] = [[] for _ in variants]
     for number in range(1, options.rounds + 1):
@@ -396,18 +399,21 @@ def limits(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]
 
 def counted(settings: config.Config, num_classes: int, images: int = 4) -> tuple[float, float]:
     """Of an image's three views: operations forward and backward, elements that convolutions put out."""
-    outputs = []
-    side = settings.views.image_size
-    with torch.device("meta"):  # shapes alone
+    operations: list[int] = []  # forward; PyTorch's own counter takes no account of groups in the backward pass
+    outputs: list[int] = []
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        outputs.append(output.numel() if isinstance(module, nn.Conv2d) else 0)
+        operations.append(2 * output.numel() * module.weight[0].numel())
+
+    with FakeTensorMode():  # shapes alone
         model = LongTailedClassifier(settings.model, num_classes, embeds=True, has_prototypes=False)
-        views = [torch.empty(images, 3, side, side) for _ in range(3)]
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda module, inputs, output: outputs.append(output.numel()))
-    with FlopCounterMode(display=False) as counter:
-        found = model(views)
-        (found.logits.sum() + found.embeddings.sum()).backward()
-    return counter.get_total_flops() / images, sum(outputs) / images
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(count)
+        model([torch.empty(images, 3, *2 * [settings.views.image_size]) for _ in range(3)])
+    # Backward once more for the inputs and once for the weights, but images need no gradient.
+    return (3 * sum(operations) - operations[0]) / images, sum(outputs) / images
 
 
 def measured_bandwidth(device: torch.device) -> float:
