@@ -21,8 +21,8 @@ The loss is timed by itself, forward and backward, on the step's own embeddings 
 each time: an upper bound, as within a step a GPU would hide the host's work. The cross-entropy side is not in it.
 
 Two limits, of no algorithm but of the machine:
-  operations   of the network's products and convolutions, forward and backward (the loss left out),
-               at the measured speed of one large product in our precision
+  operations   of the network's products and convolutions, forward and backward (the loss left out), at the measured
+               speed of one large product or convolution, the faster of the two, in our precision
   bytes        five passes over the outputs of the convolutions, as even perfect fusion would need: written and read
                forward, read again backward, their gradient written and read; at the measured speed of a large copy
 """
@@ -52,6 +52,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from rcl_fast.train import config, engine
 from rcl_fast.train.data.choice import build, choose
@@ -376,7 +377,7 @@ def limits(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]
     dtype = DTYPES[on.precision] or torch.float32
     operations, outputs = counted(settings, splits.num_classes)
     transferred = PASSES * outputs * dtype.itemsize
-    peak = measured_peak(on.device, dtype, size=1024 if on.device.type == "cpu" else None)
+    peak = measured_speed(on.device, dtype)
     bandwidth = measured_bandwidth(on.device)
     common = {"precision": on.precision}
     return [
@@ -416,32 +417,41 @@ def counted(settings: config.Config, num_classes: int, images: int = 4) -> tuple
     return (3 * sum(operations) - operations[0]) / images, sum(outputs) / images
 
 
+def measured_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large product or a 3×3 convolution, whichever is faster: on some CPUs the latter."""
+    on_cpu = device.type == "cpu"
+    images, channels, side = (32, 256, 14) if on_cpu else (256, 256, 56)
+    inputs = torch.randn(images, channels, side, side, device=device, dtype=dtype)
+    weights = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    inputs, weights = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (inputs, weights))
+    seconds = best_seconds(lambda: F.conv2d(inputs, weights, padding=1), device)
+    convolution = 2 * inputs.numel() * weights[0].numel() / seconds
+    return max(convolution, measured_peak(device, dtype, size=1024 if on_cpu else None))
+
+
 def measured_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy larger than any cache, the best of ten."""
+    """Bytes a second, read and written, of a copy larger than any cache."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
+
+
+def best_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of ten calls."""
     best = math.inf
     for _ in range(10):
         synchronize(device)
         began = time.perf_counter()
-        target.copy_(source)
+        call()
         synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return 2 * source.nbytes / best
+    return best
 
 
 def table(case: Case, rows: list[dict[str, Any]]) -> Table:
     shown = Table("", title=f"{case.name}, on {rows[0]['device']}")
-    for heading in (
-        "images a second",
-        "p20 to p80",
-        "× plain",
-        "of the limit",
-        "loss",
-        "loss, ms",
-        "step, MB",
-        "batch",
-    ):
+    shown.columns[0].no_wrap = True
+    for heading in ("images/s", "p20 to p80", "× plain", "of the limit", "loss", "loss, ms", "step, MB", "batch"):
         shown.add_column(heading, justify="right")
     for row in rows:
         if row["variant"].startswith("limit"):
