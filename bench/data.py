@@ -188,7 +188,7 @@ def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
     for number in range(3 if options.dry_run else options.rounds + 1):
         training.epoch = number
         for source, loader in sources.items():
-            measured[source].append(engine.train_epoch(training, loader, _Silent()))
+            measured[source].append(engine.train_epoch(training, loader, Silent()))
     return [
         {
             "variant": source,
@@ -203,7 +203,7 @@ def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
     ]
 
 
-class _Silent:
+class Silent:
     """A log that nobody reads."""
 
     def step_ended(self, *_: Any) -> None:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Proof on a CUDA GPU within ten minutes: all tests of the loss, its speed, its memory, then the loaders and the trainer.
-# PyTorch's image suffices, without network.
+# Proof on a CUDA GPU: all tests of the loss, its speed, its memory; then the loaders, the trainer and its whole step.
+# The first three end within ten minutes, the others within eight more. PyTorch's image suffices, without network.
 #
-#   bench/gpu.sh OUT                        everything; a failing test stops it
-#   bench/gpu.sh OUT gate|speed|memory|data one part
-#   bench/gpu.sh OUT [PART] --dry-run       any machine: proves this script, keeps no figure
+#   bench/gpu.sh OUT                                everything; a failing test stops it
+#   bench/gpu.sh OUT gate|speed|memory|data|step    one part
+#   bench/gpu.sh OUT [PART] --dry-run               any machine: proves this script, keeps no figure
 #
-# OUT gets gate.log, speed.jsonl, memory.jsonl and data.jsonl. Set in the environment, where you have them:
+# OUT gets gate.log, and PART.jsonl of each other part. Set in the environment, where you have them:
 #   BCL=loss/contrastive.py of BCL's repository, SUPCONTRAST=losses.py of SupContrast's: published code to compare with
 #   CIFAR=folder of cifar100_lt, JPEGS=folder of JPEG files below class folders: without them images are made up
 #   PYTHON=python3     WHEELS=folder of `pip download pytest hypothesis 'rcl-fast[train]'`, for an image without them
@@ -21,7 +21,7 @@ shift
 PART=all DRY=
 for argument in "$@"; do
   case $argument in
-    gate | speed | memory | data) PART=$argument ;;
+    gate | speed | memory | data | step) PART=$argument ;;
     --dry-run) DRY=--dry-run ;;
     *) usage ;;
   esac
@@ -93,12 +93,15 @@ measure() { # PART SECONDS
   timeout "$2" "$PYTHON" bench/gpu_loss.py "$1" --output "$OUT/$1.jsonl" $DRY "${PEERS[@]}"
 }
 
+bring_the_trainer() { # PART
+  bring tyro rich tensorboard plotly jinja2 && return
+  echo "$1: left out, as tyro, rich, tensorboard, plotly or jinja2 is missing (WHEELS=folder brings them)"
+  return 1
+}
+
 # The loaders alone, then the trainer: with what they bring, and with noise.
 data() {
-  if ! bring tyro rich tensorboard plotly jinja2; then
-    echo "data: left out, as tyro, rich, tensorboard, plotly or jinja2 is missing (WHEELS=folder brings them)"
-    return
-  fi
+  bring_the_trainer data || return 0
   local images=() part
   [[ -z ${CIFAR:-} ]] || images+=(--cifar "$CIFAR")
   [[ -z ${JPEGS:-} ]] || images+=(--jpegs "$JPEGS")
@@ -107,9 +110,19 @@ data() {
   done
 }
 
+# The paper's main job, beside a plain loop of BCL's kind.
+step() {
+  bring_the_trainer step || return 0
+  local images=()
+  [[ -z ${JPEGS:-} ]] || images=(--data "$JPEGS")
+  timeout 240 "$PYTHON" bench/step.py "${images[@]}" --rounds 3 --steps 5 --workers "$(nproc)" \
+    --output "$OUT/step.jsonl" $DRY
+}
+
 began=$SECONDS
 [[ $PART != all && $PART != gate ]] || gate 2>&1 | tee "$OUT/gate.log"
 [[ $PART != all && $PART != speed ]] || measure speed 240
 [[ $PART != all && $PART != memory ]] || measure memory 80
 [[ $PART != all && $PART != data ]] || data
+[[ $PART != all && $PART != step ]] || step
 echo "gpu.sh: $PART done in $((SECONDS - began)) s; rows in $OUT"

@@ -241,9 +241,9 @@ def spread(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+def measured_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Operations a second of one large square product, the best of ten."""
-    size = 8192 if device.type == "cuda" else 256
+    size = size or (8192 if device.type == "cuda" else 256)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(10):
