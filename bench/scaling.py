@@ -1,4 +1,4 @@
-"""A cost model of the loss over many GPUs: seconds of a step on the wire and in matrix products, ours and the usual way.
+"""A cost model of the loss over many GPUs: time of a step on the wire and in products, ours and the usual way.
 
     python bench/scaling.py            prints the table of docs/scaling.md, draws docs/figures/scaling.svg
 

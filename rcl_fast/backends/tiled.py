@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rcl_fast.backends.keys import AccumulatedKeys, RawKeys, keys_of, multiplies_16_bits
 from rcl_fast.batch import (
     ContrastiveBatch,
     anchors_and_prototypes,
@@ -38,9 +39,9 @@ def weighted_contrastive_loss(batch: ContrastiveBatch, weights: Tensor, chunk_by
     """Σ_i weights_i · ℓ_i, a scalar; weights [N] are constants, 0 for an anchor without a positive.
 
     The weights being known, the gradient is computed while a chunk's exponentials are at hand, so that nothing is
-    computed twice.
+    computed twice. Not in 16 bits, where the columns' part would need weights rounded once more.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or multiplies_16_bits(batch):
         losses = contrastive_loss(batch, chunk_bytes)
         return (weights * losses).sum().to(losses.dtype)
     anchors, prototypes = anchors_and_prototypes(batch)
@@ -53,7 +54,7 @@ def weighted_contrastive_loss(batch: ContrastiveBatch, weights: Tensor, chunk_by
 def forward_rows(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """ℓ_i and lse_i of the first `rows` anchors [rows], and what `backward_rows` reads; all anchors are keys."""
     anchors, prototypes = anchors_and_prototypes(batch)
-    log_sum_exp = _log_sum_exp(anchors, prototypes, _tiling(batch, anchors, prototypes, anchors_wanted=rows))
+    log_sum_exp = _log_sum_exp(_tiling(batch, anchors, prototypes, anchors_wanted=rows))
     return _losses(batch, anchors, prototypes, log_sum_exp), log_sum_exp, (anchors, prototypes)
 
 
@@ -67,7 +68,7 @@ def backward_rows(
     anchors, prototypes = saved
     upstream = torch.where(positives_per_anchor(batch) > 0, upstream, 0.0)
     tiling = _tiling(batch, anchors, prototypes, anchors_wanted=rows)
-    for_anchors, for_prototypes = _log_sum_exp_gradients(anchors, prototypes, log_sum_exp, upstream, tiling)
+    for_anchors, for_prototypes = _log_sum_exp_gradients(log_sum_exp, upstream, tiling)
     classes = ranks(batch.labels)
     positives = _positive_sums(anchors, prototypes, batch.labels, classes)
     shares = (upstream / _positive_scale(batch)).to(anchors.dtype)[:, None]
@@ -139,8 +140,9 @@ def _anchor_log_counts(batch: ContrastiveBatch) -> Tensor:
 
 
 class _Tiling(NamedTuple):
-    """The constants of the log-sum-exp: labels, the logarithmic weights b_ik, and rows to a chunk."""
+    """The constants of the log-sum-exp: keys, labels, the logarithmic weights b_ik, and rows to a chunk."""
 
+    keys: AccumulatedKeys | RawKeys
     anchors_wanted: int  # the first of the N; all of them are keys
     labels: Tensor  # [N]
     key_log_weights: Tensor  # [M] b of each key, as an anchor of another class meets it
@@ -152,17 +154,14 @@ class _Tiling(NamedTuple):
         for start in range(0, self.anchors_wanted, self.rows):
             yield slice(start, min(start + self.rows, self.anchors_wanted))
 
-    def logits(self, chunk: slice, anchors: Tensor, prototypes: Tensor, key_log_weights: Tensor) -> Tensor:
+    def logits(self, chunk: slice, key_log_weights: Tensor) -> Tensor:
         """s_ik + b_ik of a chunk's anchors with every key [rows, M], −inf where the key is the anchor itself."""
         N = len(self.labels)
-        rows = anchors[chunk] / self.temperature
-        logits = key_log_weights.repeat(len(rows), 1)
-        logits[:, :N].addmm_(rows, anchors.T)
-        logits[:, N:].addmm_(rows, prototypes.T)
+        logits = self.keys.logits(chunk, key_log_weights)
         if self.own_log_weights is not None:
             own = self.own_log_weights[chunk, None]
             logits[:, :N] += (self.labels[chunk, None] == self.labels) * own
-            if len(prototypes):
+            if logits.shape[1] > N:
                 logits[:, N:].scatter_add_(1, self.labels[chunk, None], own)
         logits[:, chunk].diagonal().fill_(-torch.inf)
         return logits
@@ -180,6 +179,7 @@ def _tiling(
     bytes_a_row = anchors.element_size() * (M + N) + N  # the logits, the own-class term and its mask
     chunk_bytes = chunk_bytes or CHUNK_BYTES.get(anchors.device.type, CHUNK_BYTES["cuda"])
     return _Tiling(
+        keys=keys_of(batch, anchors, prototypes),
         anchors_wanted=N if anchors_wanted is None else anchors_wanted,
         labels=batch.labels,
         key_log_weights=torch.cat([by_class[batch.labels], by_class[: len(prototypes)]]),
@@ -209,7 +209,7 @@ class _WeightedLoss(torch.autograd.Function):
 
         total = weights.new_zeros(())
         for chunk in tiling.chunks():
-            logits = tiling.logits(chunk, anchors, prototypes, tiling.key_log_weights)
+            logits = tiling.logits(chunk, tiling.key_log_weights)
             exponentials, pivots, sums = _exponentials(logits)
             # Without a key the sum is 0 and so is the weight: the clamp turns 0 · log 0 into 0.
             sums = sums.clamp(min=torch.finfo(sums.dtype).tiny)
@@ -245,8 +245,8 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, prototypes: Tensor, tiling: _Tiling) -> Tensor:
-        log_sum_exp = _log_sum_exp(anchors, prototypes, tiling)
-        ctx.save_for_backward(anchors, prototypes, log_sum_exp)
+        log_sum_exp = _log_sum_exp(tiling)
+        ctx.save_for_backward(log_sum_exp)
         ctx.tiling = tiling
         return log_sum_exp
 
@@ -254,42 +254,39 @@ class _LogSumExp(torch.autograd.Function):
     @without_autocast
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, prototypes, log_sum_exp = ctx.saved_tensors
-        return *_log_sum_exp_gradients(anchors, prototypes, log_sum_exp, upstream, ctx.tiling), None
+        (log_sum_exp,) = ctx.saved_tensors
+        return *_log_sum_exp_gradients(log_sum_exp, upstream, ctx.tiling), None
 
 
-def _log_sum_exp(anchors: Tensor, prototypes: Tensor, tiling: _Tiling) -> Tensor:
+def _log_sum_exp(tiling: _Tiling) -> Tensor:
     """lse_i of the anchors that are wanted."""
-    log_sum_exp = anchors.new_empty(tiling.anchors_wanted)
+    log_sum_exp = tiling.key_log_weights.new_empty(tiling.anchors_wanted)
     for chunk in tiling.chunks():
-        logits = tiling.logits(chunk, anchors, prototypes, tiling.key_log_weights)
+        logits = tiling.logits(chunk, tiling.key_log_weights)
         _, pivots, sums = _exponentials(logits)
         log_sum_exp[chunk] = (sums.log() + pivots).squeeze(1)
     return log_sum_exp
 
 
-def _log_sum_exp_gradients(
-    anchors: Tensor, prototypes: Tensor, log_sum_exp: Tensor, upstream: Tensor, tiling: _Tiling
-) -> tuple[Tensor, Tensor]:
-    """The gradient of Σ_k g_k lse_k by the anchors that are wanted, and of their own terms by the prototypes.
+def _log_sum_exp_gradients(log_sum_exp: Tensor, upstream: Tensor, tiling: _Tiling) -> tuple[Tensor, Tensor]:
+    """The gradient of Σ_k g_k lse_k by h̃ of the anchors that are wanted, and of their own terms by the prototypes'.
 
     log_sum_exp and upstream g are of all anchors, [N] each.
     """
-    N = len(anchors)
+    keys, N = tiling.keys, len(tiling.labels)
     # An anchor without a key has an lse of −inf and logits of −inf: any finite pivot gives exp(−inf) = 0.
     log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0)
     no_weights = torch.zeros_like(tiling.key_log_weights)
-    for_anchors = torch.empty_like(anchors[: tiling.anchors_wanted])
-    for_prototypes = torch.zeros_like(prototypes)
+    for_anchors = no_weights.new_empty(tiling.anchors_wanted, keys.anchors.shape[1])
+    for_prototypes = no_weights.new_zeros(keys.prototypes.shape)
     for chunk in tiling.chunks():
         # s and the own-class gain are symmetric: with b of the other side they give G_ak and G_ka.
-        symmetric = tiling.logits(chunk, anchors, prototypes, no_weights)
+        symmetric = tiling.logits(chunk, no_weights)
         columns = symmetric[:, :N] + tiling.key_log_weights[chunk, None]
         columns = columns.sub_(log_sum_exp).exp_().mul_(upstream)  # G_ka
         rows = symmetric.add_(tiling.key_log_weights)
         rows = rows.sub_(log_sum_exp[chunk, None]).exp_().mul_(upstream[chunk, None])  # G_ak
-        for_prototypes.addmm_(rows[:, N:].T, anchors[chunk], alpha=1 / tiling.temperature)
+        for_prototypes.add_(keys.weighted_chunk(chunk, rows[:, N:]), alpha=1 / tiling.temperature)
         rows[:, :N] += columns
-        own = (rows[:, :N] @ anchors).addmm_(rows[:, N:], prototypes)
-        for_anchors[chunk] = own / tiling.temperature
+        for_anchors[chunk] = keys.weighted(rows) / tiling.temperature
     return for_anchors, for_prototypes

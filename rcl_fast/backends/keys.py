@@ -1,0 +1,109 @@
+"""The keys as `tiled` multiplies them: in the dtype that is accumulated in, or 16 bits on a GPU's tensor cores."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcl_fast.batch import ContrastiveBatch
+
+# Products of 16-bit matrices into float32: cuBLAS, from PyTorch 2.8 on.
+_MIXED_PRODUCTS = torch.__version__ >= "2.8" and torch.version.cuda is not None
+
+
+class AccumulatedKeys(NamedTuple):
+    """h̃ of anchors [N, D] and prototypes [C, D], float32 or float64."""
+
+    anchors: Tensor
+    prototypes: Tensor
+    temperature: float
+
+    def logits(self, chunk: slice, log_weights: Tensor) -> Tensor:
+        """s_ik + log_weights [M] of a chunk's anchors with every key [rows, M]."""
+        N = len(self.anchors)
+        rows = self.anchors[chunk] / self.temperature
+        logits = log_weights.repeat(len(rows), 1)
+        logits[:, :N].addmm_(rows, self.anchors.T)
+        logits[:, N:].addmm_(rows, self.prototypes.T)
+        return logits
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Σ_k w_ak h̃_k for weights [rows, M]: [rows, D]."""
+        N = len(self.anchors)
+        return (weights[:, :N] @ self.anchors).addmm_(weights[:, N:], self.prototypes)
+
+    def weighted_chunk(self, chunk: slice, weights: Tensor) -> Tensor:
+        """Σ_i w_ij h̃_i over a chunk's anchors, for weights [rows, C]: [C, D]."""
+        return weights.T @ self.anchors[chunk]
+
+
+class RawKeys(NamedTuple):
+    """16-bit rows z as they came, and scales [M] float32 with h̃_k = scale_k · z_k, applied to float32 products.
+
+    So nothing is rounded but the weights of the second product, as in the kernels (kernels/README.md).
+    """
+
+    anchors: Tensor
+    prototypes: Tensor
+    scales: Tensor
+    temperature: float
+
+    def logits(self, chunk: slice, log_weights: Tensor) -> Tensor:
+        rows = self.anchors[chunk]
+        products = torch.cat([_product(rows, self.anchors.T), _product(rows, self.prototypes.T)], dim=1)
+        return products.mul_(self.scales[chunk, None] / self.temperature).mul_(self.scales).add_(log_weights)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        N = len(self.anchors)
+        scaled, gain = self._rounded(weights * self.scales)
+        return (_product(scaled[:, :N], self.anchors) + _product(scaled[:, N:], self.prototypes)) / gain
+
+    def weighted_chunk(self, chunk: slice, weights: Tensor) -> Tensor:
+        scaled, gain = self._rounded(weights * self.scales[chunk, None])
+        return _product(scaled.T, self.anchors[chunk]) / gain
+
+    def _rounded(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights in 16 bits, after a gain that keeps those of a large batch's mean above float16's smallest number."""
+        if not weights.numel():
+            return weights.to(self.anchors.dtype), weights.new_ones(())
+        largest = weights.abs().amax()
+        gain = torch.where(largest > 0, 2.0**13 / largest, 1.0)
+        return (weights * gain).to(self.anchors.dtype), gain
+
+
+def keys_of(batch: ContrastiveBatch, anchors: Tensor, prototypes: Tensor) -> AccumulatedKeys | RawKeys:
+    """The keys of a batch whose h̃ are `anchors` and `prototypes`."""
+    if not multiplies_16_bits(batch):
+        return AccumulatedKeys(anchors.detach(), prototypes.detach(), batch.temperature)
+    raw = batch.features.detach()
+    raw_prototypes = raw[:0] if batch.prototypes is None else batch.prototypes.detach()
+    scales = torch.cat([_scales(raw, batch.labels, batch), _scales(raw_prototypes, slice(None), batch)])
+    return RawKeys(raw, raw_prototypes, scales, batch.temperature)
+
+
+def multiplies_16_bits(batch: ContrastiveBatch) -> bool:
+    """Whether the batch lies on a GPU in a dtype that its tensor cores multiply: float16, bfloat16 from sm_80 on."""
+    dtypes = {batch.features.dtype} | ({batch.prototypes.dtype} if batch.prototypes is not None else set())
+    if not (batch.features.is_cuda and _MIXED_PRODUCTS):
+        return False
+    if dtypes == {torch.bfloat16}:
+        return torch.cuda.get_device_capability(batch.features.device) >= (8, 0)
+    return dtypes == {torch.float16}
+
+
+def _scales(raw: Tensor, classes: Tensor | slice, batch: ContrastiveBatch) -> Tensor:
+    """τ[y] / ‖z‖ of each row, 1 / ‖z‖ being 1 for a zero row and where nothing is normalised."""
+    scales = torch.ones(len(raw), dtype=torch.float32, device=raw.device)
+    if batch.normalize:
+        norms = torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32)
+        scales = scales / norms.masked_fill(norms == 0, 1)
+    if batch.compression is not None:
+        scales = scales * batch.compression.float()[classes][: len(raw)]
+    return scales
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of 16-bit matrices, accumulated and returned in float32."""
+    return torch.mm(left, right, out_dtype=torch.float32)
