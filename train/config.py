@@ -51,7 +51,7 @@ class DataOptions:
     on_bad_image: Literal["error", "skip"] = "error"
     """An image that can't be read ends the run, or is left out; train/verify.py finds them all beforehand."""
     manifest: Path | None = None
-    """What train/verify.py wrote; by default rcl_fast_manifest.csv in DATA."""
+    """What train/verify.py wrote; by default rcl_fast_manifest.jsonl in DATA."""
     synthetic_data: bool = False
     """Train on noise that lies on the device, to see how fast the trainer is when it never waits for data."""
 
