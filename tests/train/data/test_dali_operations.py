@@ -15,9 +15,12 @@ from test_augment import (
     NOTHING,
     OPTIONS,
     chosen,
+    from_pil,
     gradients,
+    in_order,
     magnitudes_of,
     one_by_one,
+    to_pil,
     view_of,
     with_pillow,
 )
@@ -116,18 +119,27 @@ def test_each_compiled_operation_on_colors_is_pillows_to_the_bit(name: str, imag
     assert torch.equal(found, with_pillow(images, IN_PLACE[name], magnitudes))
 
 
-@pytest.mark.parametrize(("way", "same", "apart"), [("graph", 0.4, 1.0), ("compiled", 0.98, 0.1)])
 @pytest.mark.parametrize("kind", ["sim", "randaugment"])
-def test_a_whole_view_is_pillows(kind: ViewKind, way: str, same: float, apart: float) -> None:
-    """But for roundings, of which later operations make more; where nothing is moved, which is tested above."""
+def test_compiled_operations_one_after_another_are_pillows_to_the_bit(kind: ViewKind) -> None:
+    """Of the views that no operation moves."""
     images = gradients(64)
     planned, draws = view_of(kind, images)
     still = (draws.operations < NUMBER[graphs.GEOMETRY[0]]).all(1)
-    images, draws = images[still], Draws(*(part[still] for part in draws))
-    difference = (carried_out(images, planned, draws, way).int() - one_by_one(images, planned, draws).int()).abs()
-    print(kind, way, (difference == 0).float().mean(), difference.float().mean())
-    assert (difference == 0).float().mean() > same
-    assert difference.float().mean() < apart
+    images, drawn = images[still], {"operations": draws.operations[still], "magnitudes": draws.magnitudes[still]}
+    expected = [
+        from_pil(in_order(to_pil(image), *drawn)) for image, *drawn in zip(images, *drawn.values(), strict=True)
+    ]
+    found = carried_out(images, NOTHING._replace(slots=planned.slots), chosen(len(images), **drawn), "compiled")
+    assert torch.equal(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize(("way", "mean"), [("graph", 2), ("compiled", 0.2)])
+def test_a_whole_view_is_pillows(way: str, mean: float) -> None:
+    """But for roundings, of which later operations make more: of one pixel in ten by the crop already."""
+    images = gradients(64)
+    planned, draws = view_of("sim", images)
+    apart = (carried_out(images, planned, draws, way).int() - one_by_one(images, planned, draws).int()).abs()
+    assert apart.float().mean() < mean
 
 
 @pytest.mark.parametrize("nearest", [True, False], ids=["nearest", "bilinear"])
