@@ -50,7 +50,10 @@ setup(
             "plotly>=5.20",  # the report's figures, which open offline
             "jinja2>=3.1",  # the report's page
         ],
-        "dali": ["nvidia-dali-cuda120>=2.0; sys_platform == 'linux'"],
+        "dali": [
+            "nvidia-dali-cuda120>=2.0; sys_platform == 'linux'",
+            "numba>=0.60; sys_platform == 'linux'",  # compiles the operations on colours for DALI on a CPU
+        ],
         "dev": [
             "pytest>=8.0",
             "hypothesis>=6.100",  # generated shapes and class distributions

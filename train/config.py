@@ -45,13 +45,13 @@ class DataOptions:
     loader: Literal["auto", "dali", "torchvision", "device"] = "auto"
     """What decodes and augments: dali (files or pixels, on GPU or CPU), torchvision (Pillow, in worker processes, the
     reference), device (small data sets, held and augmented in whole batches on the training device). auto: device
-    for digits_lt and CIFAR; for files dali where a GPU trains and DALI is installed, else torchvision."""
+    for digits_lt and CIFAR; for files dali where it is installed (for a CPU: with Numba), else torchvision."""
     workers: int = 2
     """Processes of the torchvision loader (0: none but the main one), CPU threads of dali."""
     on_bad_image: Literal["error", "skip"] = "error"
     """An image that can't be read ends the run, or is left out; train/verify.py finds them all beforehand."""
     manifest: Path | None = None
-    """What train/verify.py wrote; by default rcl_fast_manifest.csv in DATA."""
+    """What train/verify.py wrote; by default rcl_fast_manifest.jsonl in DATA."""
     synthetic_data: bool = False
     """Train on noise that lies on the device, to see how fast the trainer is when it never waits for data."""
 

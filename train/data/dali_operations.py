@@ -65,8 +65,18 @@ def given(planned: Plan, draws: Draws, size: int) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in inputs.items()}
 
 
-def random_view(images: Node, planned: Plan, options: ViewOptions, inputs: dict[str, Node]) -> Node:
-    """A view [S, S, 3] of images of any size; `inputs` as `given` makes them."""
+Colours: TypeAlias = Callable[[Node, Node, Node], Node]
+"""(images, numbers int32 [K], magnitudes float32 [K]) -> images after K operations on colours, of which those with
+another number do nothing."""
+
+
+def random_view(
+    images: Node, planned: Plan, options: ViewOptions, inputs: dict[str, Node], colours: Colours | None = None
+) -> Node:
+    """A view [S, S, 3] of images of any size; `inputs` as `given` makes them.
+
+    `colours` carries out the operations on colours; without it, the graph does.
+    """
     size = options.image_size
     if planned.crop == "resized":
         images = resized_crop(images, planned, size, inputs)
@@ -74,8 +84,7 @@ def random_view(images: Node, planned: Plan, options: ViewOptions, inputs: dict[
         images = padded_crop(images, planned.padding, size, inputs["place"])
         if planned.flips:
             images = fn.flip(images, horizontal=inputs["flip"])
-    for slot, names in enumerate(slots(planned)):
-        images = operation(images, planned, names, slot, inputs)
+    images = _in_runs(images, planned, inputs, colours) if colours else _one_by_one(images, planned, inputs)
     if planned.affine:
         images = warp(images, inputs["affine"], False, planned.fill)
     if planned.cutout:
@@ -171,15 +180,35 @@ def with_hue_gathered(planned: Plan, numbers: Tensor, magnitudes: Tensor) -> tup
     )
 
 
-def operation(images: Node, planned: Plan, names: tuple[str, ...], slot: int, inputs: dict[str, Node]) -> Node:
-    """The operation of that slot that was drawn for each image, or none."""
-    number = inputs[f"number {slot}"]
-    magnitude = inputs.get(f"magnitude {slot}", number)
-    for name in [name for name in names if name in COLOURS]:
-        if number == NUMBER[name]:
-            images = COLOURS[name](images, magnitude)
+def _one_by_one(images: Node, planned: Plan, inputs: dict[str, Node]) -> Node:
+    """The operation of each slot that was drawn for each image, or none."""
+    for slot, names in enumerate(slots(planned)):
+        number = inputs[f"number {slot}"]
+        magnitude = inputs.get(f"magnitude {slot}", number)
+        for name in [name for name in names if name in COLOURS]:
+            if number == NUMBER[name]:
+                images = COLOURS[name](images, magnitude)
+        images = _moved(images, planned, slot, inputs)
+    return images
+
+
+def _in_runs(images: Node, planned: Plan, inputs: dict[str, Node], colours: Colours) -> Node:
+    """The same, with all operations on colours between two movements at once."""
+    run: list[int] = []
+    for slot in range(len(slots(planned))):
+        run.append(slot)
+        if f"matrix {slot}" in inputs or slot == len(slots(planned)) - 1:
+            numbers = fn.stack(*[inputs[f"number {number}"] for number in run])
+            none = types.Constant(np.float32(0), device="cpu")
+            magnitudes = fn.stack(*[inputs.get(f"magnitude {number}", none) for number in run])
+            images, run = colours(images, numbers, magnitudes), []
+            images = _moved(images, planned, slot, inputs)
+    return images
+
+
+def _moved(images: Node, planned: Plan, slot: int, inputs: dict[str, Node]) -> Node:
     for matrix in [inputs[name] for name in inputs if name == f"matrix {slot}"]:
-        if number >= NUMBER[GEOMETRY[0]]:
+        if inputs[f"number {slot}"] >= NUMBER[GEOMETRY[0]]:
             images = warp(images, matrix, planned.nearest, planned.fill)
     return images
 

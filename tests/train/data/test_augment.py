@@ -173,11 +173,16 @@ def one_by_one(images: Tensor, planned: Plan, draws: Draws) -> Tensor:
         top, left, height, width = resized_boxes(mine, planned.ratio, side[None], side[None])[0].int().tolist()
         view = F.resized_crop(to_pil(image), top, left, height, width, [32, 32])
         view = F.horizontal_flip(view) if mine.flip else view
-        for number, magnitude in zip(mine.operations[0].tolist(), mine.magnitudes[0].tolist(), strict=True):
-            if number:
-                view = IN_PLACE[OPERATIONS[number]](view, magnitude)
-        views.append(from_pil(view))
+        views.append(from_pil(in_order(view, mine.operations[0], mine.magnitudes[0])))
     return torch.stack(views)
+
+
+def in_order(image: Image.Image, numbers: Tensor, magnitudes: Tensor) -> Image.Image:
+    """Operations on colors by Pillow, one after the other."""
+    for number, magnitude in zip(numbers.tolist(), magnitudes.tolist(), strict=True):
+        if number:
+            image = IN_PLACE[OPERATIONS[number]](image, magnitude)
+    return image
 
 
 def test_a_whole_view_is_pillows() -> None:

@@ -26,18 +26,25 @@ def test_images_in_memory_stay_on_the_device() -> None:
         assert choose(reading(PIXELS), device) == ("device", None)
 
 
-def test_files_go_through_dali_to_a_gpu_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "has_dali", lambda: True)
-    assert choose(reading(FILES), GPU) == ("dali", None)
-    monkeypatch.setattr(choice, "has_dali", lambda: False)
-    name, note = choose(reading(FILES), GPU)
-    assert name == "torchvision"
-    assert note is not None
-    assert "pip install 'rcl-fast[dali]'" in note
-
-
-def test_files_go_through_torchvision_to_a_cpu() -> None:
-    assert choose(reading(FILES), CPU) == ("torchvision", None)
+@pytest.mark.parametrize(
+    ("device", "dali", "numba", "expected"),
+    [
+        (GPU, True, False, "dali"),
+        (GPU, False, True, "torchvision"),
+        (CPU, True, True, "dali"),
+        (CPU, True, False, "torchvision"),
+        (CPU, False, True, "torchvision"),
+    ],
+)
+def test_files_go_through_dali_where_it_is_installed_and_faster(
+    device: torch.device, dali: bool, numba: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "has_dali", lambda: dali)
+    monkeypatch.setattr(choice, "has_numba", lambda: numba)
+    name, note = choose(reading(FILES), device)
+    assert name == expected
+    assert (note is None) == (name == "dali")
+    assert note is None or "pip install 'rcl-fast[dali]'" in note
 
 
 def test_a_randaugment_that_only_timm_carries_out_goes_to_torchvision() -> None:

@@ -26,6 +26,10 @@ from rcl_fast.train.data.views import ViewKind, ViewOptions
 
 pytest.importorskip("nvidia.dali")
 
+from rcl_fast.train.data import dali_loader
+from rcl_fast.train.data.dali_compiled import compiled_colours
+from rcl_fast.train.data.dali_operations import Colours
+
 OPTIONS = ViewOptions(
     image_size=16,
     mean=(0.4, 0.5, 0.6),
@@ -191,11 +195,15 @@ def levels_apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((255 * std * (one - other)).abs().max().round())
 
 
+@pytest.mark.parametrize("colours", [compiled_colours, lambda: None], ids=["compiled", "graph"])
 @pytest.mark.parametrize(
     "kind", ["crop_flip", "autoaugment", "sim", "randaugment", "sim_randaugment", "digits", "digits_sim"]
 )
-def test_device_and_dali_make_twins(kind: ViewKind) -> None:
+def test_device_and_dali_make_twins(
+    kind: ViewKind, colours: Callable[[], Colours | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same draws carried out twice, against draws of another epoch; test_operations.py bounds each operation."""
+    monkeypatch.setattr(dali_loader, "compiled_colours", colours)
     samples = Samples(smooth(64, 16), np.arange(64) % 5)
     first, twin = (training(name, samples, kinds=(kind,), batch_size=64) for name in ("device", "dali"))
     apart = mean_levels_apart(by_index(first, 0), by_index(twin, 0))
