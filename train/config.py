@@ -70,6 +70,8 @@ class ModelOptions:
     """Hidden width of the projection head and of the prototypes' head."""
     head_out: int = 128
     """Width D of the embeddings that the contrastive loss compares."""
+    sync_batchnorm: bool = False
+    """On several GPUs: BatchNorm over the images of all processes, instead of each process's own."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,12 @@ class OptimizationOptions:
     epochs: int = 200
     """Passes over the training images."""
     batch_size: int = 256
-    """Images a step (each gives up to three views)."""
+    """Images a step, of all processes together (each gives up to three views)."""
     accumulate: int = 1
-    """Parts that a batch is cut into to save memory; the contrastive loss then compares within a part only."""
+    """Parts that each process runs its batch in, to save memory. The loss stays the whole batch's; BatchNorm sees a
+    part at a time; every image goes forward twice."""
     lr: float = 0.1
-    """Learning rate at its highest."""
+    """Learning rate at its highest, for the batch of all processes together."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
@@ -128,6 +131,8 @@ class OptimizationOptions:
     """Factor at each milestone."""
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; None: no clipping."""
+    gradient_compression: Literal["none", "fp16", "bf16"] = "none"
+    """What gradients are rounded to while they travel between processes: half the traffic, a little noise."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class RunOptions:
     seed: int = 0
     """Seed of weights, order and augmentation."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda, cuda:1, ..."""
+    """auto (a GPU where there is one), cpu, cuda, cuda:1, ...; under torchrun auto and cuda are each process's own."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the GPU has it, else fp16 with loss scaling; fp32 on a CPU."""
     channels_last: bool = True
@@ -147,7 +152,12 @@ class RunOptions:
     output: Path | None = None
     """Folder of the results; by default runs/DATASET-LOSS-ARCH-TIME."""
     resume: Path | None = None
-    """Folder of an earlier run to go on with, as it was; only --data, --workers and machine options may change."""
+    """Folder of an earlier run to go on with from its newest checkpoint, exactly as if it had never stopped; only
+    --data, --workers, --manifest and these run options but --seed and --output may change."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints within an epoch; 0: one before every step."""
+    timeout_minutes: float = 10.0
+    """Of several processes: how long one waits for another before the job ends with an error."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,7 @@ Examples:
   train/run.py --dataset imagenet_lt --arch resnext50 --data DIR    the paper's main job
   train/run.py --dataset folder --data DIR --loss bcl_rcl           your own images
   train/run.py --resume runs/RUN                                    go on after an interruption
+  torchrun --nproc-per-node 8 train/run.py ...                      the same on 8 GPUs: batch and rate stay global
 
 The defaults shown are those of the recipe of --dataset and --loss: try --dataset cifar100_lt --help."""
 
@@ -230,7 +241,10 @@ def saved_config(run: Path) -> Config:
 
 
 # What a resumed run may change: where things are and how they are computed, not what is computed.
-RESUMABLE = {"data": {"data", "workers", "manifest"}, "run": {"device", "precision", "channels_last", "compile"}}
+RESUMABLE = {
+    "data": {"data", "workers", "manifest"},
+    "run": {"device", "precision", "channels_last", "compile", "checkpoint_minutes", "timeout_minutes"},
+}
 
 
 def check_resumable(saved: Config, config: Config) -> None:
@@ -275,6 +289,23 @@ def _plain(hint: Any, value: Any) -> Any:
     return value
 
 
+def check_shared(config: Config, processes: int) -> None:
+    """Whether so many processes can share the batch; raises SystemExit with what to change."""
+    batch, parts = config.optimization.batch_size, config.optimization.accumulate
+    if batch % processes:
+        below = batch // processes * processes
+        near = f"{below} or {below + processes}" if below else f"{processes} or more"
+        raise SystemExit(
+            f"--batch-size {batch} is of all processes together and must be a multiple of their number, {processes}: "
+            f"take {near}"
+        )
+    if batch // processes < 2 * parts:
+        raise SystemExit(
+            f"--batch-size {batch} leaves each part less than 2 images, with {processes} processes and --accumulate "
+            f"{parts}: take at least {2 * parts * processes}, or fewer of these"
+        )
+
+
 def check(config: Config) -> None:
     """Values that no type can rule out; raises SystemExit with what to change."""
     optimization, loss, data = config.optimization, config.loss, config.data
@@ -286,6 +317,14 @@ def check(config: Config) -> None:
             (
                 not 1 <= optimization.accumulate <= optimization.batch_size // 2,
                 f"--accumulate must lie between 1 and half the batch size, got {optimization.accumulate}",
+            ),
+            (
+                config.run.checkpoint_minutes < 0,
+                f"--checkpoint-minutes must be 0 or more, got {config.run.checkpoint_minutes}",
+            ),
+            (
+                config.run.timeout_minutes <= 0,
+                f"--timeout-minutes must be above 0, got {config.run.timeout_minutes}",
             ),
             (optimization.lr <= 0, f"--lr must be above 0, got {optimization.lr}"),
             (loss.temperature <= 0, f"--temperature must be above 0, got {loss.temperature}"),

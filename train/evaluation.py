@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rcl_fast.metrics import confusion_matrix
-from rcl_fast.train.data.loader import Loader
+from rcl_fast.train import processes
+from rcl_fast.train.data.loader import Batch, Loader
 from rcl_fast.train.machine import Machine
 from rcl_fast.train.models import LongTailedClassifier
+from rcl_fast.train.signals import Preempted, never
 
 
 class Evaluation(NamedTuple):
@@ -23,13 +26,29 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: LongTailedClassifier, loader: Loader, num_classes: int, machine: Machine, pictured: Tensor | None = None
+    model: LongTailedClassifier,
+    loader: Loader,
+    num_classes: int,
+    machine: Machine,
+    pictured: Tensor | None = None,
+    stopping: Callable[[], bool] = never,
 ) -> Evaluation:
-    """Classify by the raw logits, without adjustment. `pictured`: bool [n], the images whose features are kept."""
+    """Classify by the raw logits, without adjustment; each process its share, and the confusion is of all.
+
+    The features are all on the main process, in the order of the images; elsewhere there are this process's.
+
+    Args:
+        pictured: bool [n], the images whose features are kept.
+        stopping: says whether a signal has come.
+
+    Raises:
+        Preempted: `stopping` on any process.
+    """
     model.eval()
+    processes.take_buffers_of_main(model)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=machine.device)
     features_kept, labels_kept = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.int64)]
-    for batch in loader.epoch(0):
+    for batch in _until_all_are_done(loader, stopping):
         labels = machine.labels(batch["label"])
         with machine.autocast():
             features = model.backbone(machine.images(batch["x1"])).float()
@@ -39,7 +58,27 @@ def evaluate(
             keep = pictured[batch["index"]]
             features_kept.append(features.cpu()[keep])
             labels_kept.append(batch["label"][keep])
-    return Evaluation(confusion.cpu(), torch.cat(features_kept[1:] or features_kept), torch.cat(labels_kept))
+    confusion = processes.summed(confusion).cpu()
+    mine = torch.cat(features_kept[1:] or features_kept), torch.cat(labels_kept)
+    if pictured is None:
+        return Evaluation(confusion, *mine)
+    # A process without images has no features, not even a width of them.
+    features_of, labels_of = zip(*processes.gathered_on_main(mine), strict=True)
+    return Evaluation(confusion, torch.cat([f for f in features_of if len(f)] or [mine[0]]), torch.cat(labels_of))
+
+
+def _until_all_are_done(loader: Loader, stopping: Callable[[], bool]) -> Iterator[Batch]:
+    """This process's batches; it then waits until the others have had theirs. Raises Preempted."""
+    batches = loader.epoch(0)
+    while True:
+        batch = next(batches, None)
+        going_on, stopped = processes.totals(batch is not None, stopping())
+        if stopped:
+            raise Preempted
+        if not going_on:
+            return
+        if batch is not None:
+            yield batch
 
 
 def some_of(count: int, most: int = 5000) -> Tensor:

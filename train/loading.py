@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from rcl_fast.train import processes
 from rcl_fast.train.config import Config
 from rcl_fast.train.data.choice import build, choose
 from rcl_fast.train.data.datasets import Splits, load_splits
@@ -66,7 +67,15 @@ def evaluation_loader(settings: Config, samples: Samples, machine: Machine, say:
     """Raises SystemExit where the loader of the configuration can't bring these images."""
     batch_size = settings.optimization.batch_size
     on_bad = _on_bad(settings, say)
-    return _build(settings, evaluation_reading(samples, settings.views, batch_size=batch_size, on_bad=on_bad), machine)
+    reading = evaluation_reading(
+        samples,
+        settings.views,
+        batch_size=batch_size,
+        rank=processes.rank(),
+        world=processes.world(),
+        on_bad=on_bad,
+    )
+    return _build(settings, reading, machine)
 
 
 def _training_reading(settings: Config, splits: Splits, on_bad: Callable[[BadImage], None]) -> Reading:
@@ -76,6 +85,8 @@ def _training_reading(settings: Config, splits: Splits, on_bad: Callable[[BadIma
         settings.views,
         seed=settings.run.seed,
         batch_size=settings.optimization.batch_size,
+        rank=processes.rank(),
+        world=processes.world(),
         on_bad=on_bad,
     )
 

@@ -6,11 +6,36 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+
+class Log(Protocol):
+    """What training tells of itself."""
+
+    def say(self, text: str) -> None: ...
+
+    def step_ended(
+        self, epoch: int, steps_per_epoch: int, losses: dict[str, float], images_per_second: float
+    ) -> None: ...
+
+    def epoch_ended(self, history: list[dict[str, Any]], is_best: bool) -> None: ...
+
+
+class SilentLog:
+    """The Log of every process but the main one."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step_ended(self, epoch: int, steps_per_epoch: int, losses: dict[str, float], images_per_second: float) -> None:
+        pass
+
+    def epoch_ended(self, history: list[dict[str, Any]], is_best: bool) -> None:
+        pass
 
 
 class RunLog:

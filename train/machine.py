@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rcl_fast.train import processes
 from rcl_fast.train.config import RunOptions
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,8 +36,9 @@ class Machine(NamedTuple):
 
 
 def choose_machine(options: RunOptions) -> Machine:
-    """The machine of the options; raises SystemExit for a device that is not there."""
-    device = _device(options.device)
+    """The machine of the options, under torchrun this process's; raises SystemExit for a device that is not there."""
+    local_rank = processes.local_rank()
+    device = _device(options.device) if local_rank is None else _device_of_process(options.device, local_rank)
     precision = _best_precision(device) if options.precision == "auto" else options.precision
     return Machine(device, precision, torch.channels_last if options.channels_last else torch.contiguous_format)
 
@@ -51,6 +53,19 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SystemExit(f"--device {name}: this machine shows {torch.cuda.device_count()} CUDA devices to PyTorch")
     return device
+
+
+def _device_of_process(name: str, local_rank: int) -> torch.device:
+    """Each process has the GPU of its number on its machine."""
+    device = _device(name)
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise SystemExit(f"--device {name} is one GPU for several processes: give cuda, and each takes its own")
+    there = torch.cuda.device_count()
+    if local_rank >= there:
+        raise SystemExit(f"process {local_rank} of this machine has no GPU, it shows {there}: --nproc-per-node {there}")
+    return torch.device("cuda", local_rank)
 
 
 def _best_precision(device: torch.device) -> str:

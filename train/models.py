@@ -36,16 +36,20 @@ class LongTailedClassifier(nn.Module):
         self.projection_head = ProjectionHead(*shape) if embeds else None
         self.prototype_head = PrototypeHead(*shape) if has_prototypes else None
 
-    def forward(self, views: list[Tensor]) -> Outputs:
-        """Views [B, 3, S, S] each, in one pass of the backbone: the first is classified, the others are embedded."""
+    def forward(self, views: list[Tensor], with_prototypes: bool = True) -> Outputs:
+        """Views [B, 3, S, S] each, in one pass of the backbone: the first is classified, the others are embedded.
+
+        `with_prototypes`: where the loss has prototypes; several parts of one batch need them once.
+        """
         batch = len(views[0])
         features = self.backbone(torch.cat(views))
         logits = self.classifier(features[:batch])
         if self.projection_head is None:
             return Outputs(logits, None, None)
         embeddings = self.projection_head(features[batch:]).unflatten(0, (-1, batch)).transpose(0, 1)
-        prototypes = None if self.prototype_head is None else self.prototype_head(self.classifier.weight)
-        return Outputs(logits, embeddings, prototypes)
+        if self.prototype_head is None or not with_prototypes:
+            return Outputs(logits, embeddings, None)
+        return Outputs(logits, embeddings, self.prototype_head(self.classifier.weight))
 
 
 def build_classifier(options: ModelOptions, width: int, num_classes: int) -> nn.Module:

@@ -15,6 +15,7 @@ from rcl_fast.losses import (
     CrossEntropy,
     LogitAdjusted,
 )
+from rcl_fast.train import processes
 from rcl_fast.train.config import Config
 from rcl_fast.train.models import Outputs
 from rcl_fast.weights import compression_factors
@@ -34,7 +35,11 @@ class LossParts(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The loss of a configuration for class_counts [C]."""
+    """The loss of a configuration for class_counts [C], over the batches of all processes together.
+
+    Every process gets the same values; the gradients are what DistributedDataParallel expects, which divides by their
+    number.
+    """
 
     def __init__(self, config: Config, class_counts: Tensor) -> None:
         super().__init__()
@@ -43,16 +48,26 @@ class Objective(nn.Module):
         self.contrastive = None
         if config.contrastive:
             self.contrastive = ContrastiveLoss.preset(
-                config.loss.loss, class_counts, temperature=config.loss.temperature, backend=config.loss.backend
+                config.loss.loss,
+                class_counts,
+                temperature=config.loss.temperature,
+                backend=config.loss.backend,
+                group=processes.group(),
             )
 
     def forward(self, outputs: Outputs, labels: Tensor) -> LossParts:
-        cross_entropy = self.cross_entropy(outputs.logits, labels)
+        cross_entropy = processes.mean(self.cross_entropy(outputs.logits, labels), self._weight(labels))
         if self.contrastive is None:
             return LossParts(self.options.alpha * cross_entropy, cross_entropy, None)
         contrastive = self.contrastive(outputs.embeddings, labels, outputs.prototypes)
         total = self.options.alpha * cross_entropy + self.options.beta * contrastive
         return LossParts(total, cross_entropy, contrastive)
+
+    def _weight(self, labels: Tensor) -> Tensor:
+        """What these images weigh in a mean over all processes' images: LDAM's weigh by class, others 1 each."""
+        if isinstance(self.cross_entropy, LDAM):
+            return self.cross_entropy.class_weights[labels].sum()
+        return labels.new_full((), len(labels))
 
 
 def build_cross_entropy(config: Config, class_counts: Tensor) -> nn.Module:

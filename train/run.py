@@ -8,7 +8,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,78 +17,138 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from rcl_fast import metrics
-from rcl_fast.train import checkpoints, config, engine, loading
+from rcl_fast.train import checkpoints, config, engine, loading, processes, restarts, signals, status
 from rcl_fast.train.config import Config
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.loader import Loader, StateMismatch
 from rcl_fast.train.data.samples import BadImage
 from rcl_fast.train.engine import NonFiniteLoss, Training
 from rcl_fast.train.evaluation import Evaluation, evaluate, some_of
-from rcl_fast.train.logs import RunLog, write_text
-from rcl_fast.train.machine import choose_machine
+from rcl_fast.train.logs import RunLog, SilentLog, write_text
+from rcl_fast.train.machine import Machine, choose_machine
 from rcl_fast.train.report import Report, write_report
+from rcl_fast.train.signals import Preempted
 
 
+@record  # torchrun then shows the traceback of the process that failed first
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: parse, train, report."""
-    run(config.parse(arguments))
+    """The command line: parse, train, report. Exits with 75 (EX_TEMPFAIL) where a signal stopped it."""
+    restarts.forget()
+    run(config.parse(restarts.arguments(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(settings: Config) -> Path:
-    """Train, test the best and the last epoch, write metrics.json and report.html; returns the folder of results."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SystemExit("training on several processes is not built yet: run train/run.py without torchrun")
-    console = Console(soft_wrap=True)
-    say = partial(console.print, highlight=False, markup=False)
-    machine = choose_machine(settings.run)
-    splits = loading.load(settings, say)
-    settings = loading.with_loader(settings, splits, machine, say)
-    training = engine.start(settings, splits, machine)
-    if settings.run.resume is not None:
-        training.load_state_dict(checkpoints.load(settings.run.resume / checkpoints.LAST))
-    loaders = (
-        loading.training_loader(settings, splits, machine, say),
-        loading.evaluation_loader(settings, splits.validation, machine, say),
-    )
-    folder = _prepare_folder(settings)
-    _introduce(console, settings, splits, training, folder)
+    """Train, test the best and the last epoch, write metrics.json and report.html; returns the folder of results.
 
-    interrupted = False
-    with RunLog(folder, settings.optimization.epochs, training.epoch, console) as log:
+    Under torchrun every process calls it, and the main one prints and writes.
+    """
+    machine = choose_machine(settings.run)
+    with processes.joined(machine.device, settings.run.timeout_minutes), signals.listening() as stopping:
         try:
-            engine.fit(training, *loaders, folder, log)
-        except KeyboardInterrupt:
-            interrupted = True
-            training.load_state_dict(checkpoints.load(folder / checkpoints.LAST))  # as the last whole epoch left it
-            log.say(f"interrupted; writing the report of {training.epoch} epochs (Ctrl-C again leaves without it)")
-        except StateMismatch as error:
-            raise SystemExit(f"--resume {folder}: {error}") from error
-        except (NonFiniteLoss, BadImage) as error:
-            raise SystemExit(f"{error}\nThe last good checkpoint is {folder / checkpoints.LAST}") from error
+            return _run(processes.from_main(settings), machine, stopping)
+        except SystemExit as error:
+            if processes.world() > 1 and isinstance(error.code, str):
+                raise SystemExit(f"process {processes.rank()} of {processes.world()}: {error.code}") from error
+            raise
+
+
+def _run(settings: Config, machine: Machine, stopping: Callable[[], bool]) -> Path:
+    config.check_shared(settings, processes.world())
+    console = Console(soft_wrap=True, quiet=not processes.is_main())
+    say = partial(console.print, highlight=False, markup=False)
+    splits = loading.load(settings, say)
+    settings = processes.from_main(loading.with_loader(settings, splits, machine, say))
+    training = engine.start(settings, splits, machine)
+    say_anywhere = partial(Console(soft_wrap=True).print, highlight=False, markup=False)  # each finds its bad images
+    loaders = (
+        loading.training_loader(settings, splits, machine, say_anywhere),
+        loading.evaluation_loader(settings, splits.validation, machine, say_anywhere),
+    )
+    if settings.run.resume is not None:
+        _resume(training, loaders[0], settings.run.resume, say)
+    folder = processes.on_main(lambda: _prepare_folder(settings))
+    _introduce(console, settings, splits, training, folder)
     try:
-        test = loading.evaluation_loader(settings, splits.test, machine, say)
-        results, evaluation = _results(settings, splits, training, test, folder, interrupted)
-        _write_results(settings, splits, training, folder, results, evaluation)
+        interrupted = _train(settings, training, loaders, folder, console, stopping)
+        test = loading.evaluation_loader(settings, splits.test, machine, say_anywhere)
+        results, evaluation = _results(settings, splits, training, test, folder, interrupted, stopping)
+        if processes.is_main():
+            with checkpoints.writing(folder):
+                _write_results(settings, splits, training, folder, results, evaluation)
+                status.write(folder, "interrupted" if interrupted else "finished")
+    except Preempted:
+        with checkpoints.writing(folder):
+            status.write(folder, "preempted")
+        say(f"stopped by a signal, and saved: go on with --resume {folder}")
+        raise SystemExit(os.EX_TEMPFAIL) from None
     except KeyboardInterrupt:
+        status.write_failed(folder)
         raise SystemExit(f"left without a report; --resume {folder} makes it") from None
     except BadImage as error:
+        status.write_failed(folder)
         raise SystemExit(f"{error}\nTraining is done: mend this, then --resume {folder} tests and reports") from error
+    except BaseException:
+        status.write_failed(folder)
+        raise
     _conclude(console, results, folder)
     return folder
+
+
+def _resume(training: Training, training_loader: Loader, folder: Path, say: loading.Say) -> None:
+    """Go on from the newest checkpoint in the folder, which is written to only where all is well."""
+    found = processes.on_main(lambda: checkpoints.newest(folder))
+    try:
+        engine.resume(training, training_loader, found.state)
+    except StateMismatch as error:
+        raise SystemExit(
+            f"--resume {folder}: {error}. A run goes on with as many processes, and the loader, images and versions "
+            "that it began with; nothing was written"
+        ) from error
+    for path, what in found.damaged.items():
+        say(f"{path} is damaged ({what}): going on from the one before, {found.path.name}")
+    processes.on_main(lambda: checkpoints.set_aside(found.damaged))
+
+
+def _train(
+    settings: Config,
+    training: Training,
+    loaders: tuple[Loader, Loader],
+    folder: Path,
+    console: Console,
+    stopping: Callable[[], bool],
+) -> bool:
+    """Train to the end; whether Ctrl-C came before it."""
+    epochs = settings.optimization.epochs
+    main = processes.is_main()
+    with RunLog(folder, epochs, training.epoch, console) if main else nullcontext(SilentLog()) as log:
+        try:
+            engine.fit(training, *loaders, folder, log, stopping)
+        except KeyboardInterrupt:
+            training.load_state_dict(checkpoints.last_epoch(folder).state)
+            log.say(f"interrupted; writing the report of {training.epoch} epochs (Ctrl-C again leaves without it)")
+            return True
+        except (NonFiniteLoss, BadImage) as error:
+            raise SystemExit(f"{error}\nThe last good checkpoint is {folder / checkpoints.LAST}") from error
+    return False
 
 
 def _prepare_folder(settings: Config) -> Path:
     """Make the folder of the results and write the resolved configuration there; never write over another run."""
     folder = settings.run.output
-    if folder is not None and (folder / checkpoints.LAST).exists() and settings.run.resume is None:
+    if folder is not None and checkpoints.exist(folder) and settings.run.resume is None:
         raise SystemExit(f"--output {folder} already holds a run: go on with --resume {folder}, or name another folder")
     try:
         if folder is None:
             folder = _new_folder(settings)
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.clear_unfinished(folder)
         write_text(folder / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
+        status.write(folder, "running")
+        restarts.remember(folder)
     except OSError as error:
         raise SystemExit(f"the results can't be written ({error}); choose another folder with --output") from error
     return folder
@@ -110,19 +171,24 @@ def _new_folder(settings: Config) -> Path:
 def _introduce(console: Console, settings: Config, splits: Splits, training: Training, folder: Path) -> None:
     counts = splits.class_counts
     device = training.machine.device
+    together = f"{processes.world()} processes, each with " if processes.world() > 1 else ""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     console.print(
         f"{settings.data.dataset}: {len(splits.train):,} training images of {splits.num_classes} classes "
         f"({counts.max():,} down to {counts.min():,} a class), {len(splits.validation):,} to validate on, "
         f"{len(splits.test):,} to test on; the best epoch is selected on {splits.selected_on}\n"
         f"{settings.model.arch}: {_parameters(training.model.backbone, training.model.classifier):,} parameters, "
-        f"{_parameters(training.model):,} with the heads; {where}, {training.machine.precision}; loss "
+        f"{_parameters(training.model):,} with the heads; {together}{where}, {training.machine.precision}; loss "
         f"{settings.loss.loss}, {settings.optimization.epochs} epochs\n"
-        f"results in {folder}"
-        + (f"; going on after epoch {training.epoch}" if settings.run.resume is not None else ""),
+        f"results in {folder}" + (f"; going on {_position(training)}" if settings.run.resume is not None else ""),
         highlight=False,
         markup=False,
     )
+
+
+def _position(training: Training) -> str:
+    steps = "" if training.progress is None else f" and {training.progress.steps} steps"
+    return f"after epoch {training.epoch}{steps}"
 
 
 def _parameters(*modules: torch.nn.Module) -> int:
@@ -130,13 +196,19 @@ def _parameters(*modules: torch.nn.Module) -> int:
 
 
 def _results(
-    settings: Config, splits: Splits, training: Training, test: Loader, folder: Path, interrupted: bool
+    settings: Config,
+    splits: Splits,
+    training: Training,
+    test: Loader,
+    folder: Path,
+    interrupted: bool,
+    stopping: Callable[[], bool],
 ) -> tuple[dict[str, Any], Evaluation]:
-    """The content of metrics.json, and the best epoch's evaluation on the test set."""
-    last = _test_checkpoint(training, test, folder / checkpoints.LAST, len(splits.test))
-    best = last
+    """The content of metrics.json, and the best epoch's evaluation on the test set. Raises Preempted."""
+    tested = partial(_test_checkpoint, training, test, len(splits.test), stopping)
+    best = last = tested(lambda: checkpoints.last_epoch(folder).state["model"])
     if 0 < training.best_epoch < training.epoch:
-        best = _test_checkpoint(training, test, folder / checkpoints.BEST, len(splits.test))
+        best = tested(lambda: checkpoints.load(folder / checkpoints.BEST)["model"])
     class_accuracy = metrics.per_class_accuracy(best.confusion)
     results = {
         **metrics.summary(best.confusion, training.group_counts),
@@ -152,6 +224,7 @@ def _results(
         "waiting_for_data": _median([row["waiting_for_data"] for row in training.history]),
         "interrupted": interrupted,
         "device": training.machine.device.type,
+        "processes": processes.world(),
         "precision": training.machine.precision,
         "seed": settings.run.seed,
         "loss": settings.loss.loss,
@@ -163,9 +236,16 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _test_checkpoint(training: Training, test: Loader, path: Path, count: int) -> Evaluation:
-    training.model.load_state_dict(checkpoints.load(path)["model"])
-    return evaluate(training.model, test, len(training.class_counts), training.machine, pictured=some_of(count))
+def _test_checkpoint(
+    training: Training,
+    test: Loader,
+    count: int,
+    stopping: Callable[[], bool],
+    weights: Callable[[], dict[str, Tensor]],
+) -> Evaluation:
+    training.model.load_state_dict(processes.on_main(weights))
+    classes = len(training.class_counts)
+    return evaluate(training.model, test, classes, training.machine, pictured=some_of(count), stopping=stopping)
 
 
 def _write_results(

@@ -159,10 +159,10 @@ def test_ctrl_c_while_a_checkpoint_is_written_reports_what_is_on_disk(
 ) -> None:
     save = checkpoints.save
 
-    def interrupting(path: Path, state: dict) -> None:
+    def interrupting(path: Path, state: dict, *previous: Path | None) -> None:
         if path.name == interrupted and state["epoch"] == 1:
             raise KeyboardInterrupt
-        save(path, state)
+        save(path, state, *previous)
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -332,9 +332,9 @@ def test_missing_data_is_explained(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_without_torchrun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="several processes"):
+    with pytest.raises(SystemExit, match=r"RANK, LOCAL_RANK, .* torchrun --nproc-per-node 2"):
         run.run(configure(tmp_path / "run"))
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from rcl_fast.train.data.loader import Batch, Reading, identity
 from rcl_fast.train.data.samples import BadImage, Samples, describe, open_image
 from rcl_fast.train.data.views import View, evaluation_view, view
+from rcl_fast.train.signals import outlive_in_worker
 
 
 class TorchvisionLoader:
@@ -28,6 +29,7 @@ class TorchvisionLoader:
             batch_sampler=self._keys,
             num_workers=workers,  # torch gives each one thread
             persistent_workers=workers > 0,
+            worker_init_fn=outlive_in_worker,
             pin_memory=pin_memory,
             collate_fn=_collate,
             generator=torch.Generator(),  # or each epoch would draw from the global one

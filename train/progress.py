@@ -1,0 +1,34 @@
+"""How far an epoch has come: its steps, and the mean of each loss part over the images so far."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Of all processes together, but for `seconds` and `waiting`; a checkpoint within the epoch holds it."""
+
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0  # seconds of them in the loader
+    totals: dict[str, float] = field(default_factory=dict)  # of each loss part, times images
+    counted: int = 0  # images in the totals, which lag one step behind
+
+    def count(self, losses: dict[str, float], images: int) -> None:
+        """Add one step's losses, means over so many images."""
+        self.counted += images
+        for name, value in losses.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value * images
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.counted for name, total in self.totals.items()}
+
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,30 @@
+"""The state of every random generator that a network or a loader may draw from."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def state(device: torch.device) -> dict[str, Any]:
+    """Of torch (CPU and this process's GPU), Python and NumPy, as tensors and plain values."""
+    name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002  # the global one
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), *position),
+    }
+
+
+def restore(saved: dict[str, Any], device: torch.device) -> None:
+    """Go on as from `state`; a GPU's generator stays as it is where the state is one of a CPU."""
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(saved["cuda"], device)
+    random.setstate(saved["python"])
+    name, keys, *position = saved["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *position))  # noqa: NPY002
