@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,7 +218,7 @@ def fit(
             raise
         training.class_accuracy = metrics.per_class_accuracy(evaluation.confusion)
         row.update(metrics.summary(evaluation.confusion, training.group_counts))
-        training.schedule.step()
+        _step_schedule(training)
         training.epoch += 1
         training.progress = None
         training.history.append(row)
@@ -276,6 +277,13 @@ class _Saving:
         before = None if previous is None else self._folder / previous
         processes.on_main(lambda: checkpoints.save(self._folder / name, state, before))
         self._saved = time.monotonic()
+
+
+def _step_schedule(training: Training) -> None:
+    with warnings.catch_warnings():
+        # Resumed after an epoch's last step, the optimiser made its steps in another process.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        training.schedule.step()
 
 
 def _begin_epoch(training: Training, log: Log) -> None:
