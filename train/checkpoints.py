@@ -83,14 +83,12 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        there = [name for name in (MID_EPOCH, LAST, PREVIOUS, BEST) if (folder / name).exists()]
-        kept = (
-            f"{', '.join(there)} there are as they were: then go on with --resume {folder}"
-            if there
-            else ("no checkpoint was written yet: then start again")
-        )
+        there = ", ".join(name for name in (MID_EPOCH, LAST, PREVIOUS, BEST) if (folder / name).exists())
+        kept = f"What was saved before is as it was: {there}." if there else "No checkpoint was written yet."
+        then = f"go on with --resume {folder}" if there else "start again"
         raise SystemExit(
-            f"the results can't be written to {folder} ({error}); free space there or make it writable. {kept}"
+            f"the results can't be written to {folder} ({error}). {kept} "
+            f"Free space there or make it writable, then {then}"
         ) from error
 
 

@@ -1,7 +1,12 @@
 """Whole runs on few small images: what is trained, written, resumed, and said when something is wrong."""
 
 import dataclasses
+import errno
+import itertools
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +123,119 @@ def test_ctrl_c_leaves_a_report_and_a_checkpoint_that_goes_on_as_if_nothing_happ
     assert_same_weights(finished, folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+
+
+def status(folder: Path) -> str:
+    return json.loads((folder / "status.json").read_text())["status"]
+
+
+@pytest.fixture
+def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than a few epochs."""
+    monkeypatch.setattr(run, "write_report", lambda *_: None)
+
+
+def signal_before(name: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM before the engine calls that function of its own for the `call`-th time, from 0."""
+    original, calls = getattr(engine, name), itertools.count()
+
+    def signalled(*arguments: object, **options: object) -> object:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(engine, name, signalled)
+
+
+@pytest.mark.usefixtures("without_reports")
+@pytest.mark.parametrize(
+    ("place", "call", "position"),
+    [("train_step", 4, (1, 2)), ("train_step", 0, (0, 1)), ("evaluate", 2, (2, 3))],  # compression is from epoch 2 on
+)
+def test_a_signal_saves_within_an_epoch_and_the_run_goes_on_as_if_nothing_happened(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, call: int, position: tuple[int, int]
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_before(place, call, patch)
+        with pytest.raises(SystemExit) as stopped:
+            run.run(configure(folder, "--epochs", "4"))
+    assert stopped.value.code == os.EX_TEMPFAIL
+    assert status(folder) == "preempted"
+    saved = checkpoints.load(folder / checkpoints.MID_EPOCH)["loader"]
+    assert (saved["epoch"], saved["step"]) == position
+
+    run.run(parse(["--resume", str(folder)]))
+    assert_same_weights(finished, folder)
+    assert status(folder) == "finished"
+    assert [row["loss"] for row in history(folder)] == [row["loss"] for row in history(finished)]
+    assert len(checkpoints.load(folder / checkpoints.LAST)["notes"]) == 1  # compression began once
+
+
+def history(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("without_reports")
+def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / checkpoints.LAST).write_bytes((folder / checkpoints.LAST).read_bytes()[:5000])
+    run.run(parse(["--resume", str(folder)]))
+    said = capsys.readouterr().out
+    assert "last.pt is damaged" in said
+    assert "going on from the one before, previous.pt" in said
+    assert_same_weights(finished, folder)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        (("model", "arch"), "resnet50", "arch 'resnet32', not 'resnet50'"),
+        (("data", "imbalance"), 10.0, r"training set \(383 images of 10 classes\) is not this run's"),
+        (("loss", "loss"), "ce", "loss 'bcl_rcl', not 'ce'"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_written(
+    finished: Path, tmp_path: Path, option: tuple[str, str], value: object, said: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    saved = json.loads((folder / "config.json").read_text())
+    saved[option[0]][option[1]] = value
+    (folder / "config.json").write_text(json.dumps(saved))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(SystemExit, match=said):
+        run.run(parse(["--resume", str(folder)]))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.usefixtures("without_reports")
+def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = checkpoints._write
+
+    def full(state: dict, file: object) -> None:
+        if state["epoch"] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(state, file)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_write", full)
+        with pytest.raises(SystemExit, match=r"No space left on device.*as it was: last\.pt, previous\.pt, best\.pt"):
+            run.run(configure(folder, "--epochs", "3"))
+    assert status(folder) == "failed"
+    assert not list(folder.glob("*.unfinished"))
+    run.run(parse(["--resume", str(folder)]))
+    assert metrics(folder)["last_epoch"] == 3
+
+
+def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"can't be written .*choose another folder with --output"):
+        run.run(configure(tmp_path / "file" / "run"))
 
 
 def test_another_run_is_never_written_over(finished: Path) -> None:
