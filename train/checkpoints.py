@@ -122,6 +122,12 @@ def set_aside(damaged: dict[Path, str]) -> None:
             os.replace(path, path.with_name(path.name + _DAMAGED))
 
 
+def remove_mid_epoch(folder: Path) -> None:
+    """At the end of training, when no epoch is under way."""
+    with writing(folder):
+        (folder / MID_EPOCH).unlink(missing_ok=True)
+
+
 def clear_unfinished(folder: Path) -> None:
     """Remove what a killed run had begun to write."""
     for path in folder.glob("*" + _UNFINISHED):

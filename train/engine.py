@@ -228,6 +228,7 @@ def fit(
         saving.after_epoch(is_best)
         with checkpoints.writing(folder):
             log.epoch_ended(training.history, is_best)
+    processes.on_main(lambda: checkpoints.remove_mid_epoch(folder))
 
 
 class _Agreed(NamedTuple):

@@ -86,13 +86,13 @@ def _run(settings: Config, machine: Machine, stopping: Callable[[], bool]) -> Pa
         say(f"stopped by a signal, and saved: go on with --resume {folder}")
         raise SystemExit(os.EX_TEMPFAIL) from None
     except KeyboardInterrupt:
-        status.write_failed(folder)
+        status.write_if_possible(folder, "interrupted")
         raise SystemExit(f"left without a report; --resume {folder} makes it") from None
     except BadImage as error:
-        status.write_failed(folder)
+        status.write_if_possible(folder, "failed")
         raise SystemExit(f"{error}\nTraining is done: mend this, then --resume {folder} tests and reports") from error
     except BaseException:
-        status.write_failed(folder)
+        status.write_if_possible(folder, "failed")
         raise
     _conclude(console, results, folder)
     return folder

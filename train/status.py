@@ -16,7 +16,7 @@ Status = Literal["running", "preempted", "interrupted", "finished", "failed"]
 _NEXT = {
     "running": "if no process of it is left, it was killed: go on with --resume {folder}",
     "preempted": "a signal stopped it and it saved itself: go on with --resume {folder}",
-    "interrupted": "Ctrl-C stopped it and it wrote its report: go on with --resume {folder}",
+    "interrupted": "Ctrl-C stopped it: go on with --resume {folder}",
     "finished": "nothing is left to do",
     "failed": "mend what the error says, then go on with --resume {folder}",
 }
@@ -29,7 +29,7 @@ def write(folder: Path, status: Status) -> None:
         write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
-def write_failed(folder: Path) -> None:
-    """As well as it goes: the disk may be what failed."""
+def write_if_possible(folder: Path, status: Status) -> None:
+    """The same where the disk may be what failed."""
     with suppress(OSError):
-        write(folder, "failed")
+        write(folder, status)
