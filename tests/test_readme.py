@@ -30,11 +30,11 @@ def test_the_loss_in_a_loop_of_ones_own() -> None:
     assert names["head"].weight.grad.abs().sum() > 0
 
 
-COMMANDS = re.findall(r"^python train/run\.py (.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^(?:python|torchrun .*) train/run\.py (.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 4
+    assert len(COMMANDS) >= 5
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--resume" not in c and "--help" not in c])

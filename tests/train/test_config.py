@@ -69,6 +69,8 @@ def test_the_loss_chooses_its_own_defaults_and_an_override_still_wins() -> None:
         (["--temperature", "0"], "--temperature must be above 0"),
         (["--imbalance", "0.5"], "--imbalance must be at least 1"),
         (["--validation-fraction", "1"], "--validation-fraction"),
+        (["--checkpoint-minutes", "-1"], "--checkpoint-minutes must be 0 or more"),
+        (["--timeout-minutes", "0"], "--timeout-minutes must be above 0"),
         (["--loss", "ldam_drw", "--classifier", "linear"], "--classifier cosine"),
         (["--resume", "nowhere"], "no config.json there"),
     ],
@@ -108,6 +110,19 @@ def test_an_unknown_name_in_a_recipe_is_an_error() -> None:
         config.from_dict({"optimizer": {}})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "processes", "said"),
+    [
+        (["--batch-size", "100"], 8, r"--batch-size 100 is of all processes together .* 8: take 96 or 104"),
+        (["--batch-size", "4"], 8, r"take 8 or more"),
+        (["--batch-size", "64", "--accumulate", "16"], 4, r"4 processes and --accumulate 16: take at least 128"),
+    ],
+)
+def test_a_batch_that_can_not_be_shared_is_explained(arguments: list[str], processes: int, said: str) -> None:
+    with pytest.raises(SystemExit, match=said):
+        config.check_shared(parse(arguments), processes)
+
+
 @pytest.fixture
 def earlier(tmp_path: Path) -> tuple[Path, Config]:
     saved = parse(["--loss", "scl", "--epochs", "7", "--output", str(tmp_path)])
@@ -133,6 +148,7 @@ def test_resuming_takes_the_earlier_configuration(earlier: tuple[Path, Config]) 
         (["--imbalance", "5"], "--imbalance"),
         (["--arch", "resnet50"], "--arch"),
         (["--output", "elsewhere"], "--output"),
+        (["--gradient-compression", "fp16"], "--gradient-compression"),
         (["--no-compression"], "--compression"),
     ],
 )

@@ -35,3 +35,17 @@ def test_a_cpu_gets_fp32_and_obeys_otherwise() -> None:
 def test_a_device_that_is_not_there_is_named(name: str, said: str) -> None:
     with pytest.raises(SystemExit, match=said):
         choose_machine(RunOptions(device=name))
+
+
+def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_machine(RunOptions()).device == torch.device("cuda:1")
+    with pytest.raises(SystemExit, match="--device cuda:0 is one GPU for several processes"):
+        choose_machine(RunOptions(device="cuda:0"))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit, match="process 2 of this machine has no GPU, it shows 2: --nproc-per-node 2"):
+        choose_machine(RunOptions())
