@@ -40,6 +40,7 @@ def choose_machine(options: RunOptions) -> Machine:
     local_rank = processes.local_rank()
     device = _device(options.device) if local_rank is None else _device_of_process(options.device, local_rank)
     precision = _best_precision(device) if options.precision == "auto" else options.precision
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes: the search for fast convolutions pays
     return Machine(device, precision, torch.channels_last if options.channels_last else torch.contiguous_format)
 
 
