@@ -217,7 +217,7 @@ def fit(
             saving.within_epoch()
             raise
         training.class_accuracy = metrics.per_class_accuracy(evaluation.confusion)
-        row.update(metrics.summary(evaluation.confusion, training.group_counts))
+        row.update(metrics.summary(evaluation.confusion, training.group_counts, evaluation.reliability))
         _step_schedule(training)
         training.epoch += 1
         training.progress = None

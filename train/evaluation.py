@@ -1,4 +1,4 @@
-"""One pass over a set of images: the confusion matrix, and features for the report's picture."""
+"""One pass over a set of images: the confusion matrix, the bins of calibration, features for the report's picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rcl_fast.metrics import confusion_matrix
+from rcl_fast.metrics import CALIBRATION_BINS, confusion_matrix, reliability
 from rcl_fast.train import processes
 from rcl_fast.train.data.loader import Batch, Loader
 from rcl_fast.train.machine import Machine
@@ -17,9 +17,11 @@ from rcl_fast.train.signals import Preempted, never
 
 
 class Evaluation(NamedTuple):
-    """On the CPU: confusion int64 [C, C]; features float32 [n, d] of the pictured images, and their labels [n]."""
+    """On the CPU: confusion int64 [C, C]; reliability float64 [M, 3], `metrics.reliability` of the softmax of the raw
+    logits; features float32 [n, d] of the pictured images, and their labels [n]."""
 
     confusion: Tensor
+    reliability: Tensor
     features: Tensor
     labels: Tensor
 
@@ -33,7 +35,7 @@ def evaluate(
     pictured: Tensor | None = None,
     stopping: Callable[[], bool] = never,
 ) -> Evaluation:
-    """Classify by the raw logits, without adjustment; each process its share, and the confusion is of all.
+    """Classify by the raw logits, without adjustment; each process its share, and what is counted is of all.
 
     The features are all on the main process, in the order of the images; elsewhere there are this process's.
 
@@ -47,24 +49,27 @@ def evaluate(
     model.eval()
     processes.take_buffers_of_main(model)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=machine.device)
+    bins = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64, device=machine.device)
     features_kept, labels_kept = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.int64)]
     for batch in _until_all_are_done(loader, stopping):
         labels = machine.labels(batch["label"])
         with machine.autocast():
             features = model.backbone(machine.images(batch["x1"])).float()
-        predictions = model.classifier(features).argmax(dim=1)  # in float32: 16-bit logits tie
-        confusion += confusion_matrix(labels, predictions, num_classes)
+        logits = model.classifier(features)  # in float32: 16-bit logits tie
+        confusion += confusion_matrix(labels, logits.argmax(dim=1), num_classes)
+        bins += reliability(logits.softmax(dim=1), labels)
         if pictured is not None:
             keep = pictured[batch["index"]]
             features_kept.append(features.cpu()[keep])
             labels_kept.append(batch["label"][keep])
-    confusion = processes.summed(confusion).cpu()
+    confusion, bins = processes.summed(confusion).cpu(), processes.summed(bins).cpu()
     mine = torch.cat(features_kept[1:] or features_kept), torch.cat(labels_kept)
     if pictured is None:
-        return Evaluation(confusion, *mine)
+        return Evaluation(confusion, bins, *mine)
     # A process without images has no features, not even a width of them.
     features_of, labels_of = zip(*processes.gathered_on_main(mine), strict=True)
-    return Evaluation(confusion, torch.cat([f for f in features_of if len(f)] or [mine[0]]), torch.cat(labels_of))
+    features = torch.cat([f for f in features_of if len(f)] or [mine[0]])
+    return Evaluation(confusion, bins, features, torch.cat(labels_of))
 
 
 def _until_all_are_done(loader: Loader, stopping: Callable[[], bool]) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from markupsafe import Markup
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
@@ -20,7 +21,7 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
-from rcl_fast.metrics import FEW_BELOW, MANY_ABOVE
+from rcl_fast.metrics import FEW_BELOW, MANY_ABOVE, expected_calibration_error
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its black and yellow fail on dark or light pages.
 BLUE, GREEN, VERMILLION, ORANGE, SKY, PURPLE, GREY = (
@@ -51,7 +52,8 @@ class Report:
     """What one run has to tell. Accuracies are fractions 0..1; a number that is not known is None or NaN.
 
     `class_counts` are training images per class; `confusion` [C, C] counts test images (rows true, columns predicted);
-    `embeddings` [n, D] are backbone features of test images and `embedding_labels` [n] their classes.
+    `embeddings` [n, D] are backbone features of test images and `embedding_labels` [n] their classes; `reliability`
+    [M, 3] is what `rcl_fast.metrics.reliability` counts of the test images.
     """
 
     title: str
@@ -64,6 +66,7 @@ class Report:
     embeddings: NDArray[np.floating] | None
     embedding_labels: NDArray[np.integer] | None
     notes: list[str]
+    reliability: NDArray[np.floating] | None = None
 
 
 class Group(NamedTuple):
@@ -157,6 +160,8 @@ def _panels(report: Report) -> dict[str, Panel]:
         "embeddings": embedding_map(
             report.class_names, report.class_counts, report.embeddings, report.embedding_labels
         ),
+        "reliability": reliability_diagram(report.reliability),
+        "confidence": confidence_histogram(report.reliability),
     }
 
 
@@ -272,6 +277,8 @@ def _worst_class(report: Report) -> Tile:
 
 def _facts(metrics: dict[str, Any]) -> dict[str, str]:
     return {
+        "Geometric mean": _percent(metrics.get("geometric_mean")),
+        "Calibration error (ECE)": _percent(metrics.get("expected_calibration_error")),
         "Balanced accuracy of the last epoch": _percent(metrics.get("last_epoch_balanced_accuracy")),
         "Parameters": _format(metrics.get("parameters"), "{:,.0f}"),
         "Training speed": _format(metrics.get("images_per_second"), "{:,.0f} images/s"),
@@ -609,6 +616,71 @@ def _add_ranks(
         },
         hovertemplate="%{hovertext}<br>rank %{marker.color:,} in training images<extra></extra>",
     )
+
+
+def reliability_diagram(bins: NDArray[np.floating] | None) -> Panel:
+    """Accuracy against confidence, in bins [M, 3] of it (Guo et al., ICML 2017, figure 1)."""
+    title = "Reliability"
+    if bins is None or not bins[:, 0].any():
+        return Panel(title, _absent("confidence of a test image"), None)
+    images, confidences, right = bins.T
+    width = 100 / len(bins)
+    accuracy, confidence = (
+        np.divide(100 * sums, images, out=np.full(len(bins), np.nan), where=images > 0) for sums in (right, confidences)
+    )
+    points = {"customdata": np.stack([images, confidence], axis=1), "hovertemplate": _OF_BIN}
+    figure = _figure()
+    figure.add_bar(
+        x=width * (np.arange(len(bins)) + 0.5), y=accuracy, width=width, name="accuracy", marker_color=SKY, **points
+    )
+    figure.add_scatter(
+        x=confidence,
+        y=accuracy,
+        mode="markers",
+        name="accuracy at the bin's mean confidence",
+        marker={"color": VERMILLION, "size": 8},
+        **points,
+    )
+    calibrated = {"color": GREY, "dash": "dash", "width": 2}
+    figure.add_scatter(
+        x=[0, 100], y=[0, 100], mode="lines", name="calibrated", line=calibrated, hoverinfo="skip", showlegend=True
+    )
+    _style(figure, bargap=0, xaxis_title_text="confidence (%)", yaxis_title_text="accuracy (%)")
+    figure.update_xaxes(range=[0, 100])
+    figure.update_yaxes(range=[0, 102])
+    error = expected_calibration_error(torch.from_numpy(bins))
+    gap = (confidences.sum() - right.sum()) / images.sum()
+    too = "over" if gap > 0 else "under"
+    text = (
+        f"ECE {_percent(error)}: how far accuracy lies from confidence, on "
+        f"average over the test images, in {len(bins)} bins of equal width. On the whole the network is "
+        f"{too}confident, by {_percent(abs(gap))}. The confidence is the largest softmax of the raw logits, which the "
+        "classes are chosen by, without any adjustment or temperature."
+    )
+    return Panel(title, text, figure)
+
+
+_OF_BIN = "%{y:.1f} % right<br>mean confidence %{customdata[1]:.1f} %<br>%{customdata[0]:,} test images<extra></extra>"
+
+
+def confidence_histogram(bins: NDArray[np.floating] | None) -> Panel:
+    """How many test images each bin [M, 3] of the reliability diagram has."""
+    title = "Confidence"
+    if bins is None or not bins[:, 0].any():
+        return Panel(title, _absent("confidence of a test image"), None)
+    width = 100 / len(bins)
+    images = bins[:, 0]
+    figure = _figure(bargap=0, xaxis_title_text="confidence (%)", yaxis_title_text="test images (%)")
+    figure.add_bar(
+        x=width * (np.arange(len(bins)) + 0.5),
+        y=100 * images / images.sum(),
+        width=width,
+        marker={"color": BLUE, "line": {"width": 1, "color": GRID}},
+        customdata=images,
+        hovertemplate="%{y:.1f} % of the test images, %{customdata:,}<extra></extra>",
+    )
+    figure.update_xaxes(range=[0, 100])
+    return Panel(title, "How sure the network is: the share of the test images in each of the bins.", figure)
 
 
 def balanced_subset(labels: NDArray[np.integer], size: int) -> NDArray[np.intp]:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from rcl_fast import metrics
-from rcl_fast.train import checkpoints, config, engine, loading, processes, restarts, signals, status
+from rcl_fast.train import checkpoints, config, engine, loading, processes, restarts, results, signals, status
 from rcl_fast.train.config import Config
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.loader import Loader, StateMismatch
@@ -30,7 +26,6 @@ from rcl_fast.train.engine import NonFiniteLoss, Training
 from rcl_fast.train.evaluation import Evaluation, evaluate, some_of
 from rcl_fast.train.logs import RunLog, SilentLog, write_text
 from rcl_fast.train.machine import Machine, choose_machine
-from rcl_fast.train.report import Report, write_report
 from rcl_fast.train.signals import Preempted
 
 
@@ -75,10 +70,11 @@ def _run(settings: Config, machine: Machine, stopping: Callable[[], bool]) -> Pa
     try:
         interrupted = _train(settings, training, loaders, folder, console, stopping)
         test = loading.evaluation_loader(settings, splits.test, machine, say_anywhere)
-        results, evaluation = _results(settings, splits, training, test, folder, interrupted, stopping)
+        best, last = _tested(splits, training, test, folder, stopping)
+        figures = results.figures(settings, splits, training, best, last, interrupted)
         if processes.is_main():
             with checkpoints.writing(folder):
-                _write_results(settings, splits, training, folder, results, evaluation)
+                results.write(settings, splits, training, folder, figures, best)
                 status.write(folder, "interrupted" if interrupted else "finished")
     except Preempted:
         with checkpoints.writing(folder):
@@ -94,7 +90,8 @@ def _run(settings: Config, machine: Machine, stopping: Callable[[], bool]) -> Pa
     except BaseException:
         status.write_if_possible(folder, "failed")
         raise
-    _conclude(console, results, folder)
+    results.show(console, figures)
+    say(f"report: {folder / results.REPORT}")
     return folder
 
 
@@ -171,14 +168,15 @@ def _new_folder(settings: Config) -> Path:
 def _introduce(console: Console, settings: Config, splits: Splits, training: Training, folder: Path) -> None:
     counts = splits.class_counts
     device = training.machine.device
+    network = results.parameters(training.model.backbone, training.model.classifier)
     together = f"{processes.world()} processes, each with " if processes.world() > 1 else ""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     console.print(
         f"{settings.data.dataset}: {len(splits.train):,} training images of {splits.num_classes} classes "
         f"({counts.max():,} down to {counts.min():,} a class), {len(splits.validation):,} to validate on, "
         f"{len(splits.test):,} to test on; the best epoch is selected on {splits.selected_on}\n"
-        f"{settings.model.arch}: {_parameters(training.model.backbone, training.model.classifier):,} parameters, "
-        f"{_parameters(training.model):,} with the heads; {together}{where}, {training.machine.precision}; loss "
+        f"{settings.model.arch}: {network:,} parameters, "
+        f"{results.parameters(training.model):,} with the heads; {together}{where}, {training.machine.precision}; loss "
         f"{settings.loss.loss}, {settings.optimization.epochs} epochs\n"
         f"results in {folder}" + (f"; going on {_position(training)}" if settings.run.resume is not None else ""),
         highlight=False,
@@ -191,49 +189,15 @@ def _position(training: Training) -> str:
     return f"after epoch {training.epoch}{steps}"
 
 
-def _parameters(*modules: torch.nn.Module) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
-def _results(
-    settings: Config,
-    splits: Splits,
-    training: Training,
-    test: Loader,
-    folder: Path,
-    interrupted: bool,
-    stopping: Callable[[], bool],
-) -> tuple[dict[str, Any], Evaluation]:
-    """The content of metrics.json, and the best epoch's evaluation on the test set. Raises Preempted."""
+def _tested(
+    splits: Splits, training: Training, test: Loader, folder: Path, stopping: Callable[[], bool]
+) -> tuple[Evaluation, Evaluation]:
+    """The best and the last epoch's evaluation on the test set. Raises Preempted."""
     tested = partial(_test_checkpoint, training, test, len(splits.test), stopping)
     best = last = tested(lambda: checkpoints.last_epoch(folder).state["model"])
     if 0 < training.best_epoch < training.epoch:
         best = tested(lambda: checkpoints.load(folder / checkpoints.BEST)["model"])
-    class_accuracy = metrics.per_class_accuracy(best.confusion)
-    results = {
-        **metrics.summary(best.confusion, training.group_counts),
-        "per_class_accuracy": [None if value != value else value for value in class_accuracy.tolist()],
-        "best_epoch": training.best_epoch or None,
-        "last_epoch": training.epoch,
-        "last_epoch_balanced_accuracy": metrics.summary(last.confusion, training.group_counts)["balanced_accuracy"],
-        "selected_on": splits.selected_on,
-        "parameters": _parameters(training.model.backbone, training.model.classifier),
-        "parameters_with_heads": _parameters(training.model),
-        "images_per_second": _median([row["images_per_second"] for row in training.history]),
-        "loader": settings.data.loader,
-        "waiting_for_data": _median([row["waiting_for_data"] for row in training.history]),
-        "interrupted": interrupted,
-        "device": training.machine.device.type,
-        "processes": processes.world(),
-        "precision": training.machine.precision,
-        "seed": settings.run.seed,
-        "loss": settings.loss.loss,
-    }
-    return results, best
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None
+    return best, last
 
 
 def _test_checkpoint(
@@ -246,52 +210,6 @@ def _test_checkpoint(
     training.model.load_state_dict(processes.on_main(weights))
     classes = len(training.class_counts)
     return evaluate(training.model, test, classes, training.machine, pictured=some_of(count), stopping=stopping)
-
-
-def _write_results(
-    settings: Config,
-    splits: Splits,
-    training: Training,
-    folder: Path,
-    results: dict[str, Any],
-    evaluation: Evaluation,
-) -> None:
-    write_text(folder / "metrics.json", json.dumps(results, indent=2) + "\n")
-    write_report(
-        folder / "report.html",
-        Report(
-            title=f"{settings.data.dataset} · {settings.loss.loss} · {settings.model.arch}",
-            config=settings.to_dict(),
-            metrics=results,
-            history=training.history,
-            class_names=splits.class_names,
-            class_counts=training.group_counts.tolist(),
-            confusion=evaluation.confusion.numpy(),
-            embeddings=evaluation.features.numpy(),
-            embedding_labels=evaluation.labels.numpy(),
-            notes=training.notes,
-        ),
-    )
-
-
-def _conclude(console: Console, results: dict[str, Any], folder: Path) -> None:
-    which = f"epoch {results['best_epoch']}, selected on {results['selected_on']}"
-    table = Table(title=f"test set, {which if results['best_epoch'] else 'untrained'}")
-    shown = {
-        "balanced accuracy": results["balanced_accuracy"],
-        "harmonic mean": results["harmonic_mean"],
-        "many (> 100 images)": results["many"],
-        "medium (20 to 100)": results["medium"],
-        "few (< 20)": results["few"],
-        "worst class": results["worst_class"],
-        f"balanced accuracy, last epoch ({results['last_epoch']})": results["last_epoch_balanced_accuracy"],
-    }
-    table.add_column("")
-    table.add_column("accuracy", justify="right")
-    for name, value in shown.items():
-        table.add_row(name, "–" if value is None else f"{value:.1%}")
-    console.print(table)
-    console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

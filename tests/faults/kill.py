@@ -28,7 +28,7 @@ import torch
 import tyro
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from rcl_fast.train import checkpoints, engine, run
+from rcl_fast.train import checkpoints, engine, results, run
 
 PROCESSES = 2
 ARGUMENTS = (
@@ -182,7 +182,7 @@ def _agent(arguments: list[str], at: Point | None) -> None:
 
 def _process(arguments: list[str], at: Point | None) -> None:
     """One of the processes, rigged to die at that point."""
-    run.write_report = lambda *_: None  # type: ignore[assignment]  # slow, and after everything that counts
+    results.write_report = lambda *_: None  # type: ignore[assignment]  # slow, and after everything that counts
     if at is not None and int(os.environ["RANK"]) == at.rank:
         _rig(at)
     run.main(arguments)

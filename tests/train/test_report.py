@@ -200,7 +200,7 @@ def test_interrupted_in_the_first_epoch(tmp_path: Path) -> None:
     empty = _report(history=[], metrics={"interrupted": True}, confusion=np.zeros((4, 4), dtype=int))
     source, page = _write(tmp_path, empty)
     assert "interrupted before its first epoch was finished" in page.text
-    assert page.text.count("No figure:") == 6
+    assert page.text.count("No figure:") == 8
     assert "plotly.js" not in source  # nothing to draw
 
 
@@ -395,3 +395,24 @@ def test_fields_that_disagree_are_refused(tmp_path: Path, changes: dict[str, Any
     with pytest.raises(ValueError, match=field):
         write_report(tmp_path / "report.html", _report(**changes))
     assert not (tmp_path / "report.html").exists()
+
+
+def test_reliability_shows_accuracy_over_confidence() -> None:
+    bins = np.array([[0.0, 0.0, 0.0], [4.0, 2.0, 1.0], [6.0, 5.4, 6.0]])
+    panel = module.reliability_diagram(bins)
+    assert "ECE 16.0 %" in panel.text  # (|1 - 2| + |6 - 5.4|) / 10
+    assert "overconfident, by 4.0 %" in panel.text
+    bars, points, diagonal = panel.figure.data
+    np.testing.assert_allclose(bars.y, [np.nan, 25, 100])
+    np.testing.assert_allclose(bars.x, [100 / 6, 50, 500 / 6])
+    np.testing.assert_allclose(points.x, [np.nan, 50, 90])
+    np.testing.assert_array_equal(diagonal.x, diagonal.y)
+    (histogram,) = module.confidence_histogram(bins).figure.data
+    np.testing.assert_allclose(histogram.y, [0, 40, 60])
+
+
+def test_the_calibration_error_is_in_the_page(tmp_path: Path) -> None:
+    metrics = {**_report().metrics, "expected_calibration_error": 0.16, "geometric_mean": 0.25}
+    _, page = _write(tmp_path, _report(metrics=metrics, reliability=np.array([[2.0, 1.2, 1.0]])))
+    assert "Calibration error (ECE)16.0 %" in re.sub(r"\s*\n\s*", "", page.text)
+    assert {"reliability", "confidence"} <= _figures(page).keys()

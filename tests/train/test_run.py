@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rcl_fast.train import checkpoints, engine, loading, run, verify
+from rcl_fast.train import checkpoints, engine, loading, results, run, verify
 from rcl_fast.train.config import Config, parse
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.loader import identity
@@ -22,6 +22,9 @@ from rcl_fast.train.data.loader import identity
 METRICS = {
     "balanced_accuracy",
     "harmonic_mean",
+    "geometric_mean",
+    "expected_calibration_error",
+    "reliability",
     "per_class_accuracy",
     "many",
     "medium",
@@ -63,6 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     found = {path.name.split(".tfevents")[0] for path in finished.iterdir()}
     promised = {"config.json", "metrics.json", "metrics.jsonl", "report.html", "last.pt", "best.pt", "events.out"}
+    promised.add("per_class.csv")
     assert promised <= found
     assert not list(finished.glob("*.unfinished"))
     results = metrics(finished)
@@ -132,7 +136,7 @@ def status(folder: Path) -> str:
 @pytest.fixture
 def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than a few epochs."""
-    monkeypatch.setattr(run, "write_report", lambda *_: None)
+    monkeypatch.setattr(results, "write_report", lambda *_: None)
 
 
 def signal_before(name: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,8 @@ def test_every_image_is_evaluated_once(found: Found, samples: str) -> None:
     for world, rank in found:
         mine = found[world, rank]["evaluated"][samples]
         assert torch.equal(mine["confusion"], one["confusion"])
+        assert torch.equal(mine["reliability"][:, [0, 2]], one["reliability"][:, [0, 2]])
+        torch.testing.assert_close(mine["reliability"][:, 1], one["reliability"][:, 1], rtol=1e-6, atol=1e-6)
         if rank == 0:
             assert torch.equal(mine["labels"], one["labels"])
             torch.testing.assert_close(mine["features"], one["features"], rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ OPTIONS = ["--device", "cpu", "--loss", "ce", "--workers", "1", "--loader", "tor
 # The trainer, but for process 1, which fails once, at its fifth step.
 FAILING = """
 import os
-from rcl_fast.train import engine, run
+from rcl_fast.train import engine, results, run
 step, steps = engine.train_step, []
 def failing(*arguments):
     steps.append(1)
@@ -24,7 +24,7 @@ def failing(*arguments):
         raise RuntimeError("process 1 is broken")
     return step(*arguments)
 engine.train_step = failing
-run.write_report = lambda *_: None
+results.write_report = lambda *_: None
 run.main()
 """
 
