@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rcl_fast.metrics import CALIBRATION_BINS, confusion_matrix, reliability
 from rcl_fast.train import processes
@@ -55,9 +55,9 @@ def evaluate(
         labels = machine.labels(batch["label"])
         with machine.autocast():
             features = model.backbone(machine.images(batch["x1"])).float()
-        logits = model.classifier(features)  # in float32: 16-bit logits tie
-        confusion += confusion_matrix(labels, logits.argmax(dim=1), num_classes)
-        bins += reliability(logits.softmax(dim=1), labels)
+        counted = count(model.classifier, features, labels, num_classes)
+        confusion += counted.confusion
+        bins += counted.reliability
         if pictured is not None:
             keep = pictured[batch["index"]]
             features_kept.append(features.cpu()[keep])
@@ -70,6 +70,22 @@ def evaluate(
     features_of, labels_of = zip(*processes.gathered_on_main(mine), strict=True)
     features = torch.cat([f for f in features_of if len(f)] or [mine[0]])
     return Evaluation(confusion, bins, features, torch.cat(labels_of))
+
+
+class Counted(NamedTuple):
+    """As in Evaluation."""
+
+    confusion: Tensor
+    reliability: Tensor
+
+
+@torch.no_grad()
+def count(classifier: nn.Module, features: Tensor, labels: Tensor, num_classes: int) -> Counted:
+    """What a classifier makes of features float32 [n, d]: in 16 bits, logits tie."""
+    logits = classifier(features)
+    return Counted(
+        confusion_matrix(labels, logits.argmax(dim=1), num_classes), reliability(logits.softmax(dim=1), labels)
+    )
 
 
 def _until_all_are_done(loader: Loader, stopping: Callable[[], bool]) -> Iterator[Batch]:

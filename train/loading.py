@@ -11,7 +11,14 @@ from rcl_fast.train import processes
 from rcl_fast.train.config import Config
 from rcl_fast.train.data.choice import build, choose
 from rcl_fast.train.data.datasets import Splits, load_splits
-from rcl_fast.train.data.loader import Loader, Reading, evaluation_reading, raise_it, training_reading
+from rcl_fast.train.data.loader import (
+    Loader,
+    Reading,
+    balanced_reading,
+    evaluation_reading,
+    raise_it,
+    training_reading,
+)
 from rcl_fast.train.data.manifest import Manifest, check_readable, default_file, read_manifest, without_bad
 from rcl_fast.train.data.samples import BadImage, Samples
 from rcl_fast.train.data.synthetic_loader import SyntheticLoader
@@ -60,6 +67,19 @@ def training_loader(settings: Config, splits: Splits, machine: Machine, say: Say
     reading = _training_reading(settings, splits, _on_bad(settings, say))
     if settings.data.synthetic_data:
         return SyntheticLoader(reading, machine.device)
+    return _build(settings, reading, machine)
+
+
+def balanced_loader(settings: Config, splits: Splits, machine: Machine, say: Say) -> Loader:
+    """The classifier's view of the training images, each class equally often; raises SystemExit as training_loader."""
+    reading = balanced_reading(
+        splits.train,
+        training_kinds(settings.views, contrastive=False),
+        settings.views,
+        seed=settings.run.seed,
+        batch_size=settings.optimization.batch_size,
+        on_bad=_on_bad(settings, say),
+    )
     return _build(settings, reading, machine)
 
 

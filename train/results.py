@@ -98,23 +98,31 @@ def write_per_class(path: Path, names: list[str], counts: Tensor, confusion: Ten
 def show(console: Console, found: dict[str, Any]) -> None:
     """Print the table of the test set's figures."""
     which = f"epoch {found['best_epoch']}, selected on {found['selected_on']}"
-    table = Table(title=f"test set, {which if found['best_epoch'] else 'untrained'}")
-    shown = {
-        "balanced accuracy": found["balanced_accuracy"],
-        "harmonic mean": found["harmonic_mean"],
-        "geometric mean": found["geometric_mean"],
-        "many (> 100 images)": found["many"],
-        "medium (20 to 100)": found["medium"],
-        "few (< 20)": found["few"],
-        "worst class": found["worst_class"],
-        f"balanced accuracy, last epoch ({found['last_epoch']})": found["last_epoch_balanced_accuracy"],
-        "calibration error (ECE)": found["expected_calibration_error"],
-    }
-    table.add_column("")
-    table.add_column("value", justify="right")
-    for name, value in shown.items():
-        table.add_row(name, "–" if value is None else f"{value:.1%}")
+    show_beside(console, f"test set, {which if found['best_epoch'] else 'untrained'}", {"value": found})
+
+
+def show_beside(console: Console, title: str, columns: dict[str, dict[str, Any]]) -> None:
+    """The same of several, a column each, under its name; the last one's epochs are named."""
+    table = Table("", title=title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    last = list(columns.values())[-1]["last_epoch"]
+    for label, key in {**_SHOWN, f"balanced accuracy, last epoch ({last})": "last_epoch_balanced_accuracy"}.items():
+        values = [found.get(key) for found in columns.values()]
+        table.add_row(label, *("–" if value is None else f"{value:.1%}" for value in values))
     console.print(table)
+
+
+_SHOWN = {
+    "balanced accuracy": "balanced_accuracy",
+    "harmonic mean": "harmonic_mean",
+    "geometric mean": "geometric_mean",
+    "many (> 100 images)": "many",
+    "medium (20 to 100)": "medium",
+    "few (< 20)": "few",
+    "worst class": "worst_class",
+    "calibration error (ECE)": "expected_calibration_error",
+}
 
 
 def _reliability(bins: Tensor) -> dict[str, list[Any]]:

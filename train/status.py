@@ -29,6 +29,14 @@ def write(folder: Path, status: Status) -> None:
         write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
+def read(folder: Path) -> str | None:
+    """What became of the run in that folder; None where nothing says so."""
+    try:
+        return json.loads((folder / FILE).read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def write_if_possible(folder: Path, status: Status) -> None:
     """The same where the disk may be what failed."""
     with suppress(OSError):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rcl_fast.train.data.order import evaluation_batches, training_batches
+from rcl_fast.train.data.order import class_balanced_batches, evaluation_batches, training_batches
 from rcl_fast.train.data.samples import BadImage, Samples
 from rcl_fast.train.data.views import ViewKind, ViewOptions
 
@@ -80,6 +80,22 @@ def training_reading(
     )
     return Reading(
         samples, kinds, options, seed, lambda epoch: batches(epoch=epoch), batch_size, world, drop_last, on_bad
+    )
+
+
+def balanced_reading(
+    samples: Samples,
+    kinds: tuple[ViewKind, ...],
+    options: ViewOptions,
+    *,
+    seed: int,
+    batch_size: int,
+    on_bad: Callable[[BadImage], None] = raise_it,
+) -> Reading:
+    """Each class equally often in an epoch, for one process."""
+    batches = partial(class_balanced_batches, samples.labels, seed=seed, batch_size=batch_size)
+    return Reading(
+        samples, kinds, options, seed, lambda epoch: batches(epoch=epoch), batch_size, 1, drop_last=True, on_bad=on_bad
     )
 
 

@@ -24,6 +24,28 @@ def training_batches(
     return [np.array_split(batch, world)[rank] for batch in batches]
 
 
+def class_balanced_batches(
+    labels: NDArray[np.int64], *, epoch: int, seed: int, batch_size: int
+) -> list[NDArray[np.int64]]:
+    """Indices into samples of `labels` [n], step by step, so that an epoch of n has each class equally often.
+
+    That is class-balanced sampling (Kang et al., ICLR 2020, section 3) without its chance: the classes that have
+    samples differ by one at most over the n, and so do the samples of a class. A rest that fills no batch is dropped,
+    unless it is all there is.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = np.argsort(labels, kind="stable")
+    _, starts = np.unique(labels[order], return_index=True)
+    members = np.split(order, starts[1:])
+    share, rest = divmod(len(labels), len(members))
+    times = np.full(len(members), share)
+    times[rng.choice(len(members), rest, replace=False)] += 1
+    drawn = [np.resize(rng.permutation(own), wanted) for own, wanted in zip(members, times, strict=True)]
+    shuffled = rng.permutation(np.concatenate(drawn))
+    whole = max(len(shuffled) // batch_size, 1) * batch_size
+    return [shuffled[start : start + batch_size] for start in range(0, min(whole, len(shuffled)), batch_size)]
+
+
 def evaluation_batches(n: int, *, batch_size: int, rank: int = 0, world: int = 1) -> list[NDArray[np.int64]]:
     """This rank's indices, in order: each of `n` samples once over all ranks, at most `batch_size` in a global step.
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcl_fast.train.data.order import evaluation_batches, training_batches
+from rcl_fast.train.data.order import class_balanced_batches, evaluation_batches, training_batches
 
 batch_arguments = {
     "n": st.integers(1, 300),
@@ -77,3 +77,41 @@ def test_every_evaluation_sample_comes_once_in_order(n: int, world: int, local: 
     assert all(0 < len(batch) <= local for rank in ranks for batch in rank)
     if n >= world:
         assert len({len(rank) for rank in ranks}) == 1
+
+
+class TestClassBalancedBatches:
+    @given(
+        counts=st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(any),
+        batch_size=st.integers(1, 50),
+        epoch=st.integers(0, 1_000),
+        seed=st.integers(0, 2**40),
+    )
+    def test_classes_and_the_samples_of_each_come_equally_often(
+        self, counts: list[int], batch_size: int, epoch: int, seed: int
+    ) -> None:
+        labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+        n = len(labels)
+        batches = class_balanced_batches(labels, epoch=epoch, seed=seed, batch_size=1)
+        order = np.concatenate(batches)
+        assert len(order) == n
+        of_class = np.bincount(labels[order], minlength=len(counts))[np.array(counts) > 0]
+        assert of_class.max() - of_class.min() <= 1
+        for label in np.unique(labels):
+            of_sample = np.bincount(order, minlength=n)[labels == label]
+            assert of_sample.max() - of_sample.min() <= 1
+
+        sizes = [len(batch) for batch in class_balanced_batches(labels, epoch=epoch, seed=seed, batch_size=batch_size)]
+        assert sizes == ([batch_size] * (n // batch_size) or [n])
+
+    def test_the_order_is_shuffled_by_seed_and_epoch_alone(self) -> None:
+        labels = np.repeat([0, 1, 2], [90, 9, 1])
+
+        def order(seed: int, epoch: int) -> list[int]:
+            return np.concatenate(class_balanced_batches(labels, seed=seed, epoch=epoch, batch_size=10)).tolist()
+
+        assert order(0, 0) == order(0, 0)
+        assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+        # The largest class has too many images for one epoch: another one brings others.
+        first, second = ({index for index in order(0, epoch) if index < 90} for epoch in (0, 1))
+        assert len(first) in (33, 34)
+        assert first != second
