@@ -33,7 +33,7 @@ bench: .venv/installed
 
 # Exact versions from PyPI, no addresses; `make lock` after a change of setup.py or requirements.in.
 lock: .venv/installed
-	$(BIN)/uv pip compile requirements.in setup.py --extra train --extra dali --extra dev --universal \
+	$(BIN)/uv pip compile requirements.in setup.py --extra train --extra dali --extra sweep --extra dev --universal \
 		--python-version 3.10 --no-header --no-annotate --quiet --upgrade --output-file requirements.lock
 
 .venv/installed: requirements.lock setup.py pyproject.toml $(wildcard kernels/__init__.py train/__init__.py)

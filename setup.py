@@ -54,6 +54,10 @@ setup(
             "nvidia-dali-cuda120>=2.0; sys_platform == 'linux'",
             "numba>=0.60; sys_platform == 'linux'",  # compiles the operations on colours for DALI on a CPU
         ],
+        "sweep": [
+            "optuna>=4.0",  # train/sweep.py: samplers, and a journal that several workers share
+            "filelock>=3.12",  # which worker has a trial
+        ],
         "dev": [
             "pytest>=8.0",
             "hypothesis>=6.100",  # generated shapes and class distributions
@@ -65,6 +69,11 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["rcl-train = rcl_fast.train.run:main", "rcl-verify = rcl_fast.train.verify:main"]
+        "console_scripts": [
+            "rcl-train = rcl_fast.train.run:main",
+            "rcl-verify = rcl_fast.train.verify:main",
+            "rcl-second-stage = rcl_fast.train.second_stage:main",
+            "rcl-sweep = rcl_fast.train.sweep:main",
+        ]
     },
 )
