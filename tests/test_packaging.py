@@ -50,5 +50,8 @@ def test_everything_that_is_needed_is_in_it(wheel: zipfile.Path, path: str) -> N
 
 def test_the_console_script(wheel: zipfile.Path) -> None:
     (metadata,) = (path for path in wheel.iterdir() if path.name.endswith(".dist-info"))
-    assert "rcl-train = rcl_fast.train.run:main" in (metadata / "entry_points.txt").read_text()
+    commands = (metadata / "entry_points.txt").read_text()
+    assert "rcl-train = rcl_fast.train.run:main" in commands
+    assert "rcl-second-stage = rcl_fast.train.second_stage:main" in commands
+    assert "rcl-sweep = rcl_fast.train.sweep:main" in commands
     assert "Provides-Extra: dali" in (metadata / "METADATA").read_text()
