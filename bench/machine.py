@@ -1,41 +1,5 @@
 """What a figure was measured on: every row of results carries it."""
 
-from __future__ import annotations
+from rcl_fast.train.provenance import describe
 
-import datetime
-import os
-import platform
-import subprocess
-from pathlib import Path
-
-import torch
-
-
-def describe() -> dict[str, str | int]:
-    """Machine, versions and commit, as plain values."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _commit() -> str:
-    """The commit of the working tree, marked where the tree differs from it."""
-    here = Path(__file__).parent
-    show = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    found = subprocess.run(show, cwd=here, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
+__all__ = ["describe"]

@@ -1,0 +1,85 @@
+"""Figure 3: features of the test images in two dimensions, before and after.
+
+Drawn by matplotlib: the figure is a file for a page, and plotly, which draws the report, writes none without a browser.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rcl_fast.train.experiments.clusters import best_checkpoint
+from rcl_fast.train.experiments.features import of_test_images
+from rcl_fast.train.logs import write_text
+from rcl_fast.train.report import balanced_subset, tsne
+
+MOST_POINTS = 3_000
+_NAMED_CLASSES = 10
+
+
+def check_drawable() -> None:
+    """Before hours of training; raises SystemExit."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SystemExit("figure3 is drawn by matplotlib: pip install matplotlib") from None
+
+
+def points_of(run: Path, data: Path | None) -> dict[str, Any]:
+    """t-SNE of the backbone's features of the best epoch, at most MOST_POINTS test images, evenly over the classes."""
+    features = of_test_images(run, best_checkpoint(run), data)
+    chosen = balanced_subset(features.labels, MOST_POINTS)
+    flat = tsne(features.backbone[chosen])
+    flat = np.zeros((len(chosen), 2)) if flat is None else flat
+    return {
+        "x": flat[:, 0].round(2).tolist(),
+        "y": flat[:, 1].round(2).tolist(),
+        "labels": features.labels[chosen].tolist(),
+        "class_names": features.class_names,
+    }
+
+
+def write(panels: Mapping[str, dict[str, Any]], title: str, file: Path) -> list[Path]:
+    """The points as JSON, and the picture drawn from that as SVG and PNG."""
+    data = file.with_suffix(".points.json")
+    write_text(data, json.dumps({"title": title, "panels": panels}) + "\n")
+    return [data, *draw(data, file)]
+
+
+def draw(data: Path, file: Path) -> list[Path]:
+    """The picture of a file of points."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    content = json.loads(data.read_text(encoding="utf-8"))
+    panels = content["panels"]
+    few = all(len(points["class_names"]) <= _NAMED_CLASSES for points in panels.values())
+    figure = Figure(figsize=(5 * len(panels), 5.2), layout="constrained")
+    figure.suptitle(content["title"], fontsize=9, wrap=True)
+    for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        labels = np.array(points["labels"])
+        colours = mpl.colormaps["tab10" if few else "turbo"].resampled(len(points["class_names"]))
+        for number, class_name in enumerate(points["class_names"]):
+            of_class = labels == number
+            axes.scatter(
+                np.array(points["x"])[of_class],
+                np.array(points["y"])[of_class],
+                s=6,
+                color=colours(number),
+                label=class_name,
+                linewidths=0,
+            )
+        axes.set_title(name)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    if few:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2, fontsize=8)
+    written = [file.with_suffix(ending) for ending in (".svg", ".png")]
+    with mpl.rc_context({"svg.hashsalt": "figure3"}):  # the same points, the same bytes
+        figure.savefig(written[0], metadata={"Date": None})
+        figure.savefig(written[1], dpi=150)
+    return written
