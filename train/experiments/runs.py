@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -105,13 +106,19 @@ def runs_of(
         options["validate_on"] = "test"  # CIFAR's published figures are selected there
     options.update({name: value for name in ("epochs", "validate_on") if (value := getattr(setting, name)) is not None})
     arguments = (*flags(options), *setting.more)
-    first = config.parse(arguments)  # once, for it takes longer than all the rest
+    first = _parsed(arguments)
     found = []
     for seed in seeds:
         of_seed = dataclasses.replace(first, run=dataclasses.replace(first.run, seed=seed))
         with_seed = (*arguments, "--seed", str(seed))
         found.append(Run(with_seed, of_seed, folder / key(of_seed), folder_of_data(data, options["dataset"])))
     return found
+
+
+@cache
+def _parsed(arguments: tuple[str, ...]) -> Config:
+    """Kept, for it takes longer than all the rest, and tables ask for the same again."""
+    return config.parse(arguments)
 
 
 def flags(options: Options) -> list[str]:
