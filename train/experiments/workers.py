@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rcl_fast.train.experiments.runs import PROVENANCE
 from rcl_fast.train.logs import write_text
@@ -92,16 +92,15 @@ def run_all(jobs: Sequence[Job], places: Sequence[Slot], console: Console) -> li
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
         transient=True,
     )
-    with _signals() as received, bar:
+    with _signals() as received, bar, _none_left(running):
         total = bar.add_task("runs", total=len(jobs))
         while waiting or running:
             if received:
-                _stop(running)
                 raise Stopped(received[0])
             while waiting and free:
                 job = waiting.popleft()
@@ -197,10 +196,14 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def _stop(running: Sequence[_Running]) -> None:
-    """Ask all to save themselves, then wait: how long is theirs to say."""
-    for one in running:
-        one.process.terminate()
-    for one in running:
-        one.process.wait()
-        one.lock.close()
+@contextmanager
+def _none_left(running: Sequence[_Running]) -> Iterator[None]:
+    """However the queue ends: ask those under way to save themselves, then wait, as long as they take."""
+    try:
+        yield
+    finally:
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.process.wait()
+            one.lock.close()
