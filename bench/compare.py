@@ -4,34 +4,24 @@
     python bench/compare.py --losses bcl scl         any others
     python bench/compare.py --losses bcl_rcl --loaders device dali torchvision --more="--lr 0.05"
 
-Each run is `train/run.py` with its recipe, whose alpha and tau depend on the loss: not everything else is held equal.
+A table of one's own, for what runs and shows those of the paper (train/reproduce.py). Each run is `train/run.py` with
+its recipe, whose alpha and tau depend on the loss: not everything else is held equal.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import shlex
-import statistics
-import tempfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import machine
 import tyro
+from rich.console import Console
 
-from rcl_fast.train import run
-from rcl_fast.train.config import parse
+from rcl_fast.train import reproduce
+from rcl_fast.train.experiments.tables import Column, Row, Table
 
-SHOWN = {
-    "balanced_accuracy": "balanced accuracy",
-    "last_epoch_balanced_accuracy": "the same, last epoch",
-    "harmonic_mean": "harmonic mean",
-    "many": "many",
-    "medium": "medium",
-    "few": "few",
-}
+SHOWN = ("balanced_accuracy", "harmonic_mean", "many", "medium", "few")
 
 
 @dataclass
@@ -52,60 +42,31 @@ class Options:
     """Seeds 0, 1, ... of each."""
     epochs: int | None = None
     """Epochs; None: the recipe's."""
+    folder: Path = Path("runs/compare")
+    """Where the runs are kept; those that are finished are not run again."""
     output: Path | None = None
-    """File of JSON lines to append the rows to."""
+    """Folder for the table (compare.md, .json) and a row a run (compare.jsonl); by default tables/ in --folder."""
 
 
-def main(options: Options) -> None:
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
-            for loss, loader in itertools.product(options.losses, options.loaders):
-                rows.append(train(options, loss, loader, seed, Path(folder) / f"{loss}-{loader}-{seed}"))
-                if options.output is not None:
-                    with options.output.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
-    print(table(rows))
+def main(options: Options) -> int:
+    how = reproduce.Options(
+        data=options.data, seeds=options.seeds, more=options.more, folder=options.folder, output=options.output
+    )
+    return reproduce.reproduce(table(options), how, Console())
 
 
-def train(options: Options, loss: str, loader: str, seed: int, folder: Path) -> dict[str, Any]:
-    """One run; its row."""
-    arguments = ["--dataset", options.dataset, "--loss", loss, "--seed", str(seed), "--output", str(folder)]
-    arguments += ["--loader", loader, *shlex.split(options.more)]
-    if options.data is not None:
-        arguments += ["--data", str(options.data)]
-    if options.epochs is not None:
-        arguments += ["--epochs", str(options.epochs)]
-    run.run(parse(arguments))
-    results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    kept = (*SHOWN, "worst_class", "best_epoch", "last_epoch", "selected_on", "parameters", "loader")
-    return {
-        "dataset": options.dataset,
-        "loss": loss,
-        "seed": seed,
-        **{k: results[k] for k in (*kept, "images_per_second", "waiting_for_data")},
-        "options": options.more,
-        **machine.describe(),
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Mean ± standard deviation over the seeds, in percent, as Markdown."""
-    lines = ["| loss | loader | " + " | ".join(SHOWN.values()) + " |", "|---" * (2 + len(SHOWN)) + "|"]
-    for loss, loader in dict.fromkeys((row["loss"], row["loader"]) for row in rows):
-        of_pair = [row for row in rows if (row["loss"], row["loader"]) == (loss, loader)]
-        cells = [spread([row[name] for row in of_pair]) for name in SHOWN]
-        lines.append(f"| `{loss}` | {loader} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def spread(values: list[float | None]) -> str:
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return "–"
-    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
-    return f"{statistics.mean(known):.1f} ± {deviation:.1f}"
+def table(options: Options) -> Table:
+    """A row for each loss with each loader."""
+    where = {"dataset": options.dataset} | ({} if options.epochs is None else {"epochs": options.epochs})
+    several = len(options.loaders) > 1
+    rows = (
+        Row(f"{loss}, {loader}" if several else loss, {"loss": loss, "loader": loader})
+        for loss, loader in itertools.product(options.losses, options.loaders)
+    )
+    return Table(
+        "compare", f"{options.dataset}: losses compared", tuple(Column(where, name) for name in SHOWN), tuple(rows)
+    )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

@@ -28,11 +28,8 @@ Name = Literal["table1", "table2", "table3", "table4", "table5", "figure3", "com
 
 @dataclass(frozen=True)
 class Options:
-    """What to reproduce, and on what."""
+    """On what, how much of it, and where the results go."""
 
-    table: tyro.conf.Positional[Name]
-    """table1: top-1 of the five losses; table2: their harmonic means; table3: imbalance factors and baselines; table4:
-    ImageNet-LT; table5: cluster indices; figure3: t-SNE before and after; compression: the rule's two readings."""
     data: Path | None = None
     """Folder of the data set, or of several in folders of their names (DIR/cifar10_lt, DIR/cifar100_lt)."""
     seeds: int = 3
@@ -69,6 +66,16 @@ class Options:
     """I/N: only every N-th of the missing runs, from the I-th on, and no table: for an array of jobs."""
 
 
+@dataclass(frozen=True)
+class Command:
+    """The command line."""
+
+    table: tyro.conf.Positional[Name]
+    """table1: top-1 of the five losses; table2: their harmonic means; table3: imbalance factors and baselines; table4:
+    ImageNet-LT; table5: cluster indices; figure3: t-SNE before and after; compression: the rule's two readings."""
+    options: Options
+
+
 _DESCRIPTION = """Run what is missing of one of the paper's tables, and show it with ours beside it.
 
 Examples:
@@ -85,14 +92,20 @@ table is complete, 1 where a run failed, 75 after SIGTERM and 130 after Ctrl-C."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    options = tyro.cli(Options, args=arguments, prog="train/reproduce.py", description=_DESCRIPTION)
-    sys.exit(reproduce(table_of(options), options, Console()))
+    """Parse it, and do it."""
+    command = tyro.cli(
+        Command,
+        args=arguments,
+        prog="train/reproduce.py",
+        description=_DESCRIPTION,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    sys.exit(reproduce(table_of(command.table, command.options), command.options, Console()))
 
 
-def table_of(options: Options) -> Table:
-    """The table asked for; raises SystemExit for a row it does not have."""
-    table = runs.adapt(TABLES[options.table], options.dataset)
+def table_of(name: Name, options: Options) -> Table:
+    """The table of that name, on the data set asked for; raises SystemExit for a row it does not have."""
+    table = runs.adapt(TABLES[name], options.dataset)
     labels = list(dict.fromkeys(row.label for row in table.rows))
     unknown = [label for label in options.only if label not in labels]
     if unknown:

@@ -22,7 +22,7 @@ from rcl_fast.train.experiments.runs import Run, Setting
 from rcl_fast.train.experiments.tables import COMPRESSION, METRICS, TABLES, Column, Row, Table
 from rcl_fast.train.experiments.workers import Job
 from rcl_fast.train.objective import Objective, compress
-from rcl_fast.train.reproduce import Options
+from rcl_fast.train.reproduce import Command, Options
 
 # As the project's sources have them: CIFAR-10-LT and CIFAR-100-LT at IF 100 / 50 / 10, harmonic means at 100.
 SOURCES = """
@@ -44,13 +44,21 @@ def quiet() -> tuple[Console, StringIO]:
     return Console(file=text, width=300), text
 
 
-def options(tmp_path: Path, table: str = "table1", **changes: Any) -> Options:
-    return Options(**{"table": table, "folder": tmp_path / "runs", "data": tmp_path, "seeds": 2, **changes})
+def options(tmp_path: Path, table: Any = "table1", **changes: Any) -> Command:
+    return Command(table, Options(**{"folder": tmp_path / "runs", "data": tmp_path, "seeds": 2, **changes}))
 
 
-def plan(given: Options) -> tuple[Table, reproduce.Plan]:
-    table = reproduce.table_of(given)
-    return table, reproduce.plan(table, Setting(given.dataset, given.epochs, given.validate_on), given)
+def plan(given: Command) -> tuple[Table, reproduce.Plan]:
+    table, how = reproduce.table_of(given.table, given.options), given.options
+    return table, reproduce.plan(table, Setting(how.dataset, how.epochs, how.validate_on), how)
+
+
+def call(given: Command) -> str:
+    """What it prints, wrapped or not; every run must end well."""
+    text = StringIO()
+    table = reproduce.table_of(given.table, given.options)
+    assert reproduce.reproduce(table, given.options, Console(file=text, width=300)) == 0, text.getvalue()
+    return " ".join(text.getvalue().split())
 
 
 def keys(table: str, tmp_path: Path, **changes: Any) -> set[str]:
@@ -249,9 +257,8 @@ def test_known_rows_are_not_run_again(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_explained(tmp_path: Path, changes: dict, said: str) -> None:
-    given = options(tmp_path, **changes)
     with pytest.raises(SystemExit, match=said):
-        reproduce.reproduce(reproduce.table_of(given), given, quiet()[0])
+        call(options(tmp_path, **changes))
 
 
 # From rows to figures.
@@ -280,13 +287,12 @@ def test_there_is_no_distance_from_what_is_no_number(paper: str | None) -> None:
     assert cell.off is None
 
 
-def shown(given: Options) -> tuple[str, dict, list[dict]]:
-    """What a table prints, wrapped or not, its JSON and its rows, training nothing."""
-    console, text = quiet()
-    assert reproduce.reproduce(reproduce.table_of(given), dataclasses.replace(given, run=False), console) == 0
-    (file,) = (given.folder / "tables").glob("*.json")
+def shown(given: Command) -> tuple[str, dict, list[dict]]:
+    """What a table prints, its JSON and its rows, training nothing."""
+    text = call(Command(given.table, dataclasses.replace(given.options, run=False)))
+    (file,) = (given.options.folder / "tables").glob("*.json")
     lines = file.with_suffix(".jsonl").read_text().splitlines()
-    return " ".join(text.getvalue().split()), json.loads(file.read_text()), [json.loads(line) for line in lines]
+    return text, json.loads(file.read_text()), [json.loads(line) for line in lines]
 
 
 def test_a_table_shows_the_paper_beside_ours(tmp_path: Path) -> None:
@@ -329,14 +335,14 @@ def test_another_setting_is_marked_and_keeps_away_from_the_real_table(tmp_path: 
     assert "NOT THE PAPER'S SETTING: digits_lt in place of the paper's data sets, 2 epochs" in text
     assert "84.3" not in text
     assert table["not_the_papers_setting"] == rows[0]["not_the_papers_setting"]
-    assert (given.folder / "tables" / "table1-digits_lt-2epochs.md").exists()
+    assert (given.options.folder / "tables" / "table1-digits_lt-2epochs.md").exists()
 
 
 def test_rows_without_runs_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "second_stages_are_built", lambda: False)
     given = options(tmp_path, "table3", only=("RIDE", "Decoupled: cRT", "CE", "best published elsewhere"))
     shown(given)
-    lines = (given.folder / "tables" / "table3.md").read_text().splitlines()
+    lines = (given.options.folder / "tables" / "table3.md").read_text().splitlines()
     by_label = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("|")}
     assert by_label["RIDE"].count("not in our sources | not built") == 6
     assert by_label["Decoupled: cRT"].count("not in our sources | not built") == 6
@@ -350,13 +356,13 @@ def test_second_stages_run_on_finished_runs_and_give_rows(tmp_path: Path, monkey
     _, entries = plan(given)
     run = entries[0][0][0].run
     finish(run)
-    stage = [line for line in reproduce.dry(entries, {}, 1) if "second_stage" in line]
+    stage = [line for line in reproduce.dry(entries, {}, 1) if "second_stage.py" in line]
     assert len(stage) == 3
     assert f"--run {run.folder} --method crt" in stage[0]
     folder = run.folder / "second_stage" / "crt"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps({"balanced_accuracy": 0.77, "selected_on": "test"}))
-    assert len([line for line in reproduce.dry(entries, {}, 1) if "second_stage" in line]) == 2
+    assert len([line for line in reproduce.dry(entries, {}, 1) if "second_stage.py" in line]) == 2
     _, table, rows = shown(given)
     assert table["rows"][0]["cells"][0]["best"]["mean"] == pytest.approx(77.0)
     assert rows[0]["second_stage"] == "crt"
@@ -465,20 +471,17 @@ def test_two_calls_do_not_train_one_run_at_once(tmp_path: Path) -> None:
 def test_a_real_run_gives_a_picture_and_the_next_table_trains_nothing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     given = options(tmp_path, "figure3", dataset="digits_lt", epochs=1, seeds=1, only=("BCL+RCL",), data=None)
-    console, text = quiet()
-    assert reproduce.reproduce(reproduce.table_of(given), given, console) == 0, text.getvalue()
-    assert "1 runs: 0 done, 0 half done, 1 to start" in text.getvalue()
+    assert "1 runs: 0 done, 0 half done, 1 to start" in call(given)
     name = "figure3-digits_lt-1epochs"
-    written = {path.name for path in (given.folder / "tables").iterdir()}
+    written = {path.name for path in (given.options.folder / "tables").iterdir()}
     assert written == {f"{name}.{end}" for end in ("md", "json", "jsonl", "points.json", "svg", "png")}
-    points = json.loads((given.folder / "tables" / f"{name}.points.json").read_text())
+    points = json.loads((given.options.folder / "tables" / f"{name}.points.json").read_text())
     assert len(points["panels"]["BCL+RCL"]["x"]) == 400
 
-    again = dataclasses.replace(given, table="table5")
-    console, text = quiet()
-    assert reproduce.reproduce(reproduce.table_of(again), again, console) == 0
-    assert "1 runs: 1 done, 0 half done, 0 to start" in text.getvalue()
-    (row,) = map(json.loads, (given.folder / "tables" / "table5-digits_lt-1epochs.jsonl").read_text().splitlines())
+    assert "1 runs: 1 done, 0 half done, 0 to start" in call(dataclasses.replace(given, table="table5"))
+    (row,) = map(
+        json.loads, (given.options.folder / "tables" / "table5-digits_lt-1epochs.jsonl").read_text().splitlines()
+    )
     for features in ("backbone", "head"):
         assert row[f"{features}_calinski_harabasz"] > 0
         assert row[f"last_epoch_{features}_davies_bouldin"] > 0

@@ -31,7 +31,7 @@ def notes(filled: Filled) -> list[str]:
     """What the figures are, in sentences."""
     spread = "mean ± standard deviation over" if filled.seeds > 1 else "of"
     found = [f"Ours: {spread} {filled.seeds} seed{'s' * (filled.seeds != 1)}, the selected epoch, then the last."]
-    if not filled.setting:
+    if not filled.setting and _has_paper(filled):
         found.append("In brackets: ours minus the paper's.")
     if filled.selected_on:
         found.append(f"Epochs selected on: {'; '.join(filled.selected_on)}.")
@@ -44,9 +44,11 @@ def for_terminal(filled: Filled) -> RichTable:
     table = RichTable(title=title(filled), caption="\n".join(notes(filled)), caption_justify="left", show_lines=False)
     table.add_column("")
     for column in filled.table.columns:
-        name, metric = heading(column).split("\n")
-        table.add_column(f"{name}\n{metric}\npaper", justify="right")
-        table.add_column("\n\nours", justify="right")
+        if _has_paper(filled):
+            table.add_column(f"{heading(column)}\npaper", justify="right")
+            table.add_column("\n\nours", justify="right")
+        else:
+            table.add_column(heading(column), justify="right")
     for row, texts in _texts(filled):
         if texts is None:
             table.add_section()
@@ -61,7 +63,7 @@ def as_markdown(filled: Filled) -> str:
     head = [""]
     for column in filled.table.columns:
         name = heading(column).replace("\n", ", ")
-        head += [f"{name}: paper", "ours"]
+        head += [f"{name}: paper", "ours"] if _has_paper(filled) else [name]
     lines = [f"**{title(filled)}**", "", _line(head), "|---" * len(head) + "|"]
     for row, texts in _texts(filled):
         if texts is None:
@@ -86,6 +88,11 @@ def as_json(filled: Filled) -> dict[str, Any]:
     }
 
 
+def _has_paper(filled: Filled) -> bool:
+    """Whether the table has the paper's numbers at all: in place of its data sets it has none."""
+    return any(row.paper for row in filled.table.rows)
+
+
 def _values(cell: Cell) -> dict[str, Any]:
     spreads = {name: None if of is None else of._asdict() for name, of in (("best", cell.best), ("last", cell.last))}
     return {"paper": cell.paper, **spreads, "off": cell.off, "last_off": cell.last_off}
@@ -105,7 +112,8 @@ def _texts(filled: Filled) -> list[tuple[Row, list[str] | None]]:
             found.append((row, None))
         texts = []
         for cell, column in zip(cells, filled.table.columns, strict=True):
-            texts += [_paper(cell.paper, column), _ours(cell, column, filled.seeds, without)]
+            texts += [_paper(cell.paper, column)] if _has_paper(filled) else []
+            texts.append(_ours(cell, column, filled.seeds, without))
         found.append((row, texts))
     return found
 
