@@ -42,7 +42,7 @@ setup(
         "train": [
             "torchvision>=0.21",  # images: decoding, transforms v2, CIFAR's files
             "timm>=1.0.9",  # any backbone by name, RandAugment with a spread of magnitudes
-            "scikit-learn>=1.4",  # the digits, t-SNE
+            "scikit-learn>=1.4",  # the digits, t-SNE, cluster indices
             "tyro>=0.9",  # the command line, from the configuration's dataclasses
             "tomli>=2.0; python_version < '3.11'",  # recipes; tomllib from 3.11 on
             "rich>=13.7",  # progress bars and tables
@@ -62,7 +62,7 @@ setup(
             "pytest>=8.0",
             "hypothesis>=6.100",  # generated shapes and class distributions
             "pytest-benchmark>=4.0",
-            "matplotlib>=3.8",  # bench/plot.py draws the figures of the results
+            "matplotlib>=3.8",  # bench/plot.py draws the figures of the results, train/reproduce.py figure 3
             "kornia>=0.7",  # bench/data.py measures it beside the device loader
             "ruff>=0.6",
             "mypy>=1.11",
@@ -74,6 +74,7 @@ setup(
             "rcl-verify = rcl_fast.train.verify:main",
             "rcl-second-stage = rcl_fast.train.second_stage:main",
             "rcl-sweep = rcl_fast.train.sweep:main",
+            "rcl-reproduce = rcl_fast.train.reproduce:main",
         ]
     },
 )

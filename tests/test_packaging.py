@@ -42,6 +42,7 @@ def test_only_rcl_fast_lands_in_site_packages(wheel: zipfile.Path) -> None:
         "train/recipes/digits_lt.toml",
         "train/recipes/imagenet_lt.toml",
         "train/report.html.jinja",
+        "train/experiments/tables.py",
     ],
 )
 def test_everything_that_is_needed_is_in_it(wheel: zipfile.Path, path: str) -> None:
@@ -50,8 +51,9 @@ def test_everything_that_is_needed_is_in_it(wheel: zipfile.Path, path: str) -> N
 
 def test_the_console_script(wheel: zipfile.Path) -> None:
     (metadata,) = (path for path in wheel.iterdir() if path.name.endswith(".dist-info"))
-    commands = (metadata / "entry_points.txt").read_text()
-    assert "rcl-train = rcl_fast.train.run:main" in commands
-    assert "rcl-second-stage = rcl_fast.train.second_stage:main" in commands
-    assert "rcl-sweep = rcl_fast.train.sweep:main" in commands
+    scripts = (metadata / "entry_points.txt").read_text()
+    assert "rcl-train = rcl_fast.train.run:main" in scripts
+    assert "rcl-second-stage = rcl_fast.train.second_stage:main" in scripts
+    assert "rcl-sweep = rcl_fast.train.sweep:main" in scripts
+    assert "rcl-reproduce = rcl_fast.train.reproduce:main" in scripts
     assert "Provides-Extra: dali" in (metadata / "METADATA").read_text()

@@ -98,8 +98,9 @@ def test_a_table_is_well_formed(table: Table) -> None:
     assert all(column.metric in METRICS for column in table.columns)
     for row in table.rows:
         assert len(row.paper) in (0, len(table.columns)), row.label
-        for column in table.columns:
-            assert row.options is None or parse(runs.flags({**column.options, **row.options})).loss.loss
+        assert row.options is None or parse(runs.flags({**table.columns[0].options, **row.options})).loss.loss
+    for column in table.columns:
+        assert parse(runs.flags({**column.options, **(table.rows[0].options or {})})).data.dataset
     blocks = [row.block for row in table.rows]
     assert [b for n, b in enumerate(blocks) if not n or blocks[n - 1] != b] == list(dict.fromkeys(blocks))
 
