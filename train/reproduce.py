@@ -283,7 +283,9 @@ def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: Op
         _measure_clusters(entries, known, console)
     found = {entry.id: row for entry in unique(entries) if (row := _row(entry, known)) is not None}
     filled = fill(table, entries, found, setting, options.seeds)
+    say(console, render.title(filled))
     console.print(render.for_terminal(filled))
+    say(console, "\n".join(render.notes(filled)))
     folder = options.output or options.folder / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / file_name(table, setting)

@@ -41,7 +41,8 @@ def notes(filled: Filled) -> list[str]:
 
 
 def for_terminal(filled: Filled) -> RichTable:
-    table = RichTable(title=title(filled), caption="\n".join(notes(filled)), caption_justify="left", show_lines=False)
+    """Without title and notes: rich would fold them to the table's width."""
+    table = RichTable()
     table.add_column("")
     for column in filled.table.columns:
         if _has_paper(filled):
