@@ -277,7 +277,7 @@ def test_means_spreads_and_distances_from_the_paper() -> None:
     one = results.cell(row, column, 0, found[:1], in_papers_setting=True).best
     assert one is not None
     assert one.deviation is None
-    assert results.cell(row, column, 0, [], in_papers_setting=True).best is None
+    assert results.cell(row, column, 0, [], in_papers_setting=True)[:3] == (84.3, 0, None)
 
 
 @pytest.mark.parametrize("paper", [None, "57.3-58.5"])
@@ -377,6 +377,13 @@ def test_the_groups_of_the_compression_rule_are_read_from_what_the_run_said(tmp_
     row = runs.row_of(run)
     assert row is not None
     assert (row["failing_classes"], row["other_classes"]) == (1, 2)
+
+
+def test_a_finished_run_without_groups_shows_none(tmp_path: Path) -> None:
+    given = options(tmp_path, "compression", only=("off",), seeds=1)
+    for entry in reproduce.unique(plan(given)[1]):
+        finish(entry.run)
+    assert "not run" not in shown(given)[0]
 
 
 def test_markdown_has_as_many_cells_in_every_line(tmp_path: Path) -> None:

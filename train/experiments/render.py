@@ -127,7 +127,7 @@ def _paper(value: Paper, column: Column) -> str:
 
 def _ours(cell: Cell, column: Column, seeds: int, without: str) -> str:
     if cell.best is None:
-        return without
+        return "–" if cell.runs else without
     best = _spread(cell.best, column, cell.off)
     if cell.best.seeds < seeds:
         best += f", {cell.best.seeds} of {seeds} seeds"

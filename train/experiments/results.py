@@ -21,6 +21,7 @@ class Cell(NamedTuple):
     """What stands in one row and column."""
 
     paper: Paper
+    runs: int  # that are finished, whether or not they have this figure
     best: Spread | None  # of the epoch selected on the validation set
     last: Spread | None
     off: float | None  # ours minus the paper's, best epoch
@@ -36,7 +37,7 @@ def cell(row: Row, column: Column, place: int, found: Sequence[dict[str, Any]], 
     best, last = (spread([of.get(prefix + name) for of in found], column.metric) for prefix in ("", "last_epoch_"))
     paper = row.paper[place] if row.paper else "–"
     off, last_off = (_off(ours, paper) if in_papers_setting else None for ours in (best, last))
-    return Cell(paper, best, last, off, last_off)
+    return Cell(paper, len(found), best, last, off, last_off)
 
 
 def spread(values: Sequence[float | None], metric: str) -> Spread | None:

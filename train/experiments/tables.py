@@ -203,7 +203,7 @@ TABLE5 = Table(
 
 FIGURE3 = Table(
     "figure3",
-    "Figure 3: the runs whose features are drawn, before (BCL) and after (BCL+RCL)",
+    "Figure 3: t-SNE of the test images, before (BCL) and after (BCL+RCL)",
     (Column({**CIFAR10, "imbalance": 100}),),
     (
         Row("BCL", {"loss": "bcl"}, (84.3,)),
