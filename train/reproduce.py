@@ -274,7 +274,8 @@ def _training(run: Run, processes: int) -> Job:
 
 def _stage(entry: Entry) -> Job:
     assert entry.second_stage is not None
-    return Job(entry.label, runs.second_stage_command(entry.run, entry.second_stage), entry.run.folder, epochs=0)
+    folder = runs.second_stage_folder(entry.run, entry.second_stage)
+    return Job(entry.label, runs.second_stage_command(entry.run, entry.second_stage), folder, epochs=0)
 
 
 def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: Options, console: Console) -> None:

@@ -206,7 +206,8 @@ def second_stages_are_built() -> bool:
 
 
 def second_stage_command(of: Run, method: str) -> list[str]:
-    return [sys.executable, str(_shown(SECOND_STAGES)), "--run", str(of.folder), "--method", method]
+    data = [] if of.data is None else ["--data", str(of.data)]
+    return [sys.executable, str(_shown(SECOND_STAGES)), "--run", str(of.folder), "--method", method, *data]
 
 
 def second_stage_folder(of: Run, method: str) -> Path:
@@ -250,7 +251,7 @@ def row_of(of: Run, second_stage: str | None = None) -> dict[str, Any] | None:
         **_groups(of.folder),
         **_read(of.folder / CLUSTERS),
         "arguments": shlex.join(of.arguments),
-        **_provenance(of.folder),
+        **_provenance(of.folder if second_stage is None else second_stage_folder(of, second_stage)),
     }
 
 
