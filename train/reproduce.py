@@ -20,7 +20,7 @@ from rcl_fast.train.experiments import clusters, pictures, render, results, runs
 from rcl_fast.train.experiments.render import Filled
 from rcl_fast.train.experiments.runs import Run, Setting
 from rcl_fast.train.experiments.tables import TABLES, Table
-from rcl_fast.train.experiments.workers import Failure, Job, Slot
+from rcl_fast.train.experiments.workers import Failure, Job
 from rcl_fast.train.logs import write_text
 
 Name = Literal["table1", "table2", "table3", "table4", "table5", "figure3", "compression"]
@@ -63,7 +63,7 @@ class Options:
     gpus_per_run: int = 1
     """GPUs that train one run together, for ImageNet-LT."""
     part: str = "1/1"
-    """I/N: only every N-th of the missing runs, from the I-th on, and no table: for an array of jobs."""
+    """I/N: only every N-th of the runs, from the I-th on, and no table: for an array of jobs."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,8 @@ def dry(entries: Plan, known: Rows, processes: int) -> list[str]:
 
 def run_missing(entries: Plan, known: Rows, options: Options, console: Console) -> list[Failure]:
     """Train, then second stages, then what is measured on checkpoints. Raises workers.Stopped."""
-    wanted, missing = len({entry.run.key for entry in unique(entries)}), missing_runs(entries, known)
+    mine = part_of(list(dict.fromkeys(entry.run.key for entry in unique(entries))), options.part)
+    wanted, missing = len(mine), [run for run in missing_runs(entries, known) if run.key in mine]
     half_done = sum(runs.state(run) == "half done" for run in missing)
     say(
         console,
@@ -256,16 +257,16 @@ def run_missing(entries: Plan, known: Rows, options: Options, console: Console) 
     if needing:
         raise SystemExit(f"{needing[0]} is to be trained on: say where it is with --data DIR")
     places = workers.slots(options.devices, options.jobs_per_device, options.gpus_per_run)
-    failures = _queue([_training(run, options.gpus_per_run) for run in missing], places, options.part, console)
-    trained = [entry for entry in missing_stages(entries, known) if runs.state(entry.run) == "finished"]
-    failures += _queue([_stage(entry) for entry in trained], places, options.part, console)
-    return failures
+    failures = workers.run_all([_training(run, options.gpus_per_run) for run in missing], places, console)
+    stages = [entry for entry in missing_stages(entries, known) if entry.run.key in mine]
+    trained = [entry for entry in stages if runs.state(entry.run) == "finished"]
+    return failures + workers.run_all([_stage(entry) for entry in trained], places, console)
 
 
-def _queue(jobs: list[Job], places: list[Slot], part: str, console: Console) -> list[Failure]:
+def part_of(keys: list[str], part: str) -> list[str]:
+    """Of all the runs, finished or not: the jobs of an array start at different times, and must agree."""
     index, count = map(int, part.split("/"))
-    mine = jobs[index - 1 :: count]
-    return workers.run_all(mine, places, console) if mine else []
+    return keys[index - 1 :: count]
 
 
 def _training(run: Run, processes: int) -> Job:

@@ -234,6 +234,27 @@ def test_a_folder_of_other_values_is_not_taken_for_the_run(tmp_path: Path) -> No
         runs.state(run)
 
 
+def test_the_parts_of_an_array_are_the_same_whatever_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued: list[str] = []
+
+    def at_once(jobs: list[Job], *_: Any) -> list[workers.Failure]:
+        queued.extend(job.folder.name for job in jobs)
+        for run in (entry.run for entry in reproduce.unique(plan(given)[1])):
+            if run.folder.name in queued:
+                finish(run)
+        return []
+
+    monkeypatch.setattr(workers, "run_all", at_once)
+    given = options(tmp_path, dataset="digits_lt", epochs=3)
+    for part in ("2/3", "1/3", "3/3"):
+        assert "the command without --part shows the table" in call(
+            Command(given.table, dataclasses.replace(given.options, part=part))
+        )
+    assert len(queued) == len(set(queued)) == 20
+
+
 def test_known_rows_are_not_run_again(tmp_path: Path) -> None:
     given = options(tmp_path, "figure3", dataset="digits_lt", seeds=1)
     _, entries = plan(given)

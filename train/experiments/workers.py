@@ -88,6 +88,8 @@ def run_all(jobs: Sequence[Job], places: Sequence[Slot], console: Console) -> li
     Raises:
         Stopped: a signal came (Ctrl-C, SIGTERM, SIGUSR1); the jobs under way got SIGTERM and have ended.
     """
+    if not jobs:
+        return []
     waiting, free, running, failures = deque(jobs), list(places), list[_Running](), list[Failure]()
     bar = Progress(
         TextColumn("{task.description}"),
