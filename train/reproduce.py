@@ -76,7 +76,7 @@ class Command:
     options: Options
 
 
-_DESCRIPTION = """Run what is missing of one of the paper's tables, and show it with ours beside it.
+DESCRIPTION = """Run what is missing of one of the paper's tables, and show it with ours beside it.
 
 Examples:
   train/reproduce.py table1 --data DIR                       all runs of table 1, 3 seeds, on every GPU of the machine
@@ -93,14 +93,18 @@ table is complete, 1 where a run failed, 75 after SIGTERM and 130 after Ctrl-C."
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse it, and do it."""
-    command = tyro.cli(
+    command = parse(arguments)
+    sys.exit(reproduce(table_of(command.table, command.options), command.options, Console()))
+
+
+def parse(arguments: Sequence[str] | None = None) -> Command:
+    return tyro.cli(
         Command,
         args=arguments,
         prog="train/reproduce.py",
-        description=_DESCRIPTION,
+        description=DESCRIPTION,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    sys.exit(reproduce(table_of(command.table, command.options), command.options, Console()))
 
 
 def table_of(name: Name, options: Options) -> Table:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -281,6 +283,22 @@ def test_known_rows_are_not_run_again(tmp_path: Path) -> None:
 def test_mistakes_are_explained(tmp_path: Path, changes: dict, said: str) -> None:
     with pytest.raises(SystemExit, match=said):
         call(options(tmp_path, **changes))
+
+
+_README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    command.replace("$SLURM_ARRAY_TASK_ID", "8")
+    for command in re.findall(
+        r"^(?:  |python )train/reproduce\.py (.*?)(?: {2,}.*)?$", _README + reproduce.DESCRIPTION, re.M
+    )
+]
+
+
+def test_the_commands_of_readme_and_help_parse() -> None:
+    assert len(COMMANDS) >= 9
+    for command in COMMANDS:
+        given = reproduce.parse(shlex.split(command))
+        assert given.options.data == Path("DIR") or given.options.dataset == "digits_lt"
 
 
 # From rows to figures.
