@@ -301,7 +301,7 @@ def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: Op
     write_text(file.with_name(file.name + ".jsonl"), "".join(lines))
     say(console, f"written: {file}.md, .json and .jsonl")
     if table.name == "figure3":
-        _draw(table, entries, found, render.title(filled), file, console)
+        _draw(table, entries, render.title(filled), file, console)
 
 
 def file_name(table: Table, setting: Setting) -> str:
@@ -344,17 +344,20 @@ def _without(no_run: bool, why: str, second_stage: str | None) -> str:
     return "not built" if second_stage and not runs.second_stages_are_built() else "not run"
 
 
-def _draw(table: Table, entries: Plan, found: Rows, title: str, file: Path, console: Console) -> None:
-    """The first seed of each row, side by side."""
-    firsts = [(row.label, of_row[0][0]) for row, of_row in zip(table.rows, entries, strict=True) if of_row[0]]
-    lacking = [entry.label for _, entry in firsts if entry.id not in found]
-    folders = [entry.run.folder for _, entry in firsts]
-    if lacking or not all((folder / "last.pt").is_file() for folder in folders):
-        say(console, f"no picture: it needs the checkpoints of {', '.join(map(str, folders))}")
-        return
-    panels = {label: pictures.points_of(entry.run.folder, entry.run.data) for label, entry in firsts}
-    marks = "; ".join(f"{label}: run {entry.run.key}, seed {entry.run.config.run.seed}" for label, entry in firsts)
-    for written in pictures.write(panels, f"{title}\n{marks}", file):
+def _draw(table: Table, entries: Plan, title: str, file: Path, console: Console) -> None:
+    """The first seed of each row, side by side; points that are in the file already are drawn as they are."""
+    runs_drawn = {row.label: of_row[0][0].run for row, of_row in zip(table.rows, entries, strict=True) if of_row[0]}
+    known = pictures.read_points(file)
+    panels = {}
+    for label, run in runs_drawn.items():
+        points = known.get(label, {})
+        if points.get("run") != run.key:
+            if runs.state(run) != "finished":
+                say(console, f"no picture: it needs the checkpoint of {run.label}")
+                return
+            points = {"run": run.key, "seed": run.config.run.seed, **pictures.points_of(run.folder, run.data)}
+        panels[label] = points
+    for written in pictures.write(panels, title, file):
         say(console, f"written: {written}")
 
 

@@ -525,6 +525,11 @@ def test_a_real_run_gives_a_picture_and_the_next_table_trains_nothing(tmp_path: 
     points = json.loads((given.options.folder / "tables" / f"{name}.points.json").read_text())
     assert len(points["panels"]["BCL+RCL"]["x"]) == 400
 
+    (checkpoint,) = given.options.folder.glob("*/last.pt")
+    weights = checkpoint.read_bytes()
+    checkpoint.unlink()
+    assert f"{name}.svg" in call(given)  # drawn again from its points
+    checkpoint.write_bytes(weights)
     assert "1 runs: 1 done, 0 half done, 0 to start" in call(dataclasses.replace(given, table="table5"))
     (row,) = map(
         json.loads, (given.options.folder / "tables" / "table5-digits_lt-1epochs.jsonl").read_text().splitlines()

@@ -45,9 +45,19 @@ def points_of(run: Path, data: Path | None) -> dict[str, Any]:
 
 def write(panels: Mapping[str, dict[str, Any]], title: str, file: Path) -> list[Path]:
     """The points as JSON, and the picture drawn from that as SVG and PNG."""
-    data = file.with_suffix(".points.json")
+    data = _points_file(file)
     write_text(data, json.dumps({"title": title, "panels": panels}) + "\n")
     return [data, *draw(data, file)]
+
+
+def read_points(file: Path) -> dict[str, dict[str, Any]]:
+    """The panels that an earlier `write` has left; none without."""
+    data = _points_file(file)
+    return json.loads(data.read_text(encoding="utf-8"))["panels"] if data.is_file() else {}
+
+
+def _points_file(file: Path) -> Path:
+    return file.with_name(file.name + ".points.json")
 
 
 def draw(data: Path, file: Path) -> list[Path]:
@@ -59,7 +69,8 @@ def draw(data: Path, file: Path) -> list[Path]:
     panels = content["panels"]
     few = all(len(points["class_names"]) <= _NAMED_CLASSES for points in panels.values())
     figure = Figure(figsize=(5 * len(panels), 5.2), layout="constrained")
-    figure.suptitle(content["title"], fontsize=9, wrap=True)
+    runs = "; ".join(f"{name}: run {points['run']}, seed {points['seed']}" for name, points in panels.items())
+    figure.suptitle(f"{content['title']}\n{runs}", fontsize=9, wrap=True)
     for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         labels = np.array(points["labels"])
         colours = mpl.colormaps["tab10" if few else "turbo"].resampled(len(points["class_names"]))
@@ -78,7 +89,7 @@ def draw(data: Path, file: Path) -> list[Path]:
         axes.set_yticks([])
     if few:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2, fontsize=8)
-    written = [file.with_suffix(ending) for ending in (".svg", ".png")]
+    written = [file.with_name(file.name + ending) for ending in (".svg", ".png")]
     with mpl.rc_context({"svg.hashsalt": "figure3"}):  # the same points, the same bytes
         figure.savefig(written[0], metadata={"Date": None})
         figure.savefig(written[1], dpi=150)
