@@ -72,21 +72,7 @@ def draw(data: Path, file: Path) -> list[Path]:
     runs = "; ".join(f"{name}: run {points['run']}, seed {points['seed']}" for name, points in panels.items())
     figure.suptitle(f"{content['title']}\n{runs}", fontsize=9, wrap=True)
     for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        labels = np.array(points["labels"])
-        colours = mpl.colormaps["tab10" if few else "turbo"].resampled(len(points["class_names"]))
-        for number, class_name in enumerate(points["class_names"]):
-            of_class = labels == number
-            axes.scatter(
-                np.array(points["x"])[of_class],
-                np.array(points["y"])[of_class],
-                s=6,
-                color=colours(number),
-                label=class_name,
-                linewidths=0,
-            )
-        axes.set_title(name)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        _panel(axes, name, points, mpl.colormaps["tab10" if few else "turbo"])
     if few:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2, fontsize=8)
     written = [file.with_name(file.name + ending) for ending in (".svg", ".png")]
@@ -94,3 +80,13 @@ def draw(data: Path, file: Path) -> list[Path]:
         figure.savefig(written[0], metadata={"Date": None})
         figure.savefig(written[1], dpi=150)
     return written
+
+
+def _panel(axes: Any, name: str, points: dict[str, Any], colours: Any) -> None:
+    labels, class_names = np.array(points["labels"]), points["class_names"]
+    for number, class_name in enumerate(class_names):
+        x, y = (np.array(points[axis])[labels == number] for axis in ("x", "y"))
+        axes.scatter(x, y, s=6, color=colours.resampled(len(class_names))(number), label=class_name, linewidths=0)
+    axes.set_title(name)
+    axes.set_xticks([])
+    axes.set_yticks([])
