@@ -100,6 +100,30 @@ def test_small_weights_of_a_large_upstream_survive() -> None:
     assert error <= 2**-10 * largest + 2**-24
 
 
+def test_part_of_the_anchors_as_one_of_several_processes_has_it() -> None:
+    case = draw_case(60, 40, 9, class_average=True, rebalance=True).to(torch.float16)
+    upstream = torch.linspace(-1, 2, 60)
+    losses = run(case, "tiled", "none", upstream)
+    batch = keys.ContrastiveBatch(
+        case["features"].detach(),
+        case["labels"],
+        case["prototypes"].detach(),
+        case["class_counts"],
+        None,
+        9,
+        0.1,
+        True,
+        True,
+    )
+    _, lse, _ = tiled.forward_rows(batch, 60)
+    own, _, saved = tiled.forward_rows(batch, 23)
+    for_features, _ = tiled.backward_rows(batch, 23, saved, lse, upstream)
+    torch.testing.assert_close(own, losses[:23], rtol=0, atol=1e-5)
+    # Weights and gradients are each rounded to 11 bits once, after gains of their own chunks.
+    tolerance = 2**-10 * case["features"].grad.abs().max()
+    assert (for_features.float() - case["features"].grad[:23].float()).abs().max() <= tolerance
+
+
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize(
     ("dtype", "capability", "expected"),
