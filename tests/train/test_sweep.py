@@ -124,8 +124,8 @@ def work(study: Path, hangs: bool) -> None:
 
 def test_workers_share_a_study_and_a_killed_ones_trial_is_taken_up(tmp_path: Path) -> None:
     study = tmp_path / "study.log"
-    fork = multiprocessing.get_context("fork")
-    killed = fork.Process(target=work, args=(study, True))
+    clean = multiprocessing.get_context("forkserver")  # a fork of this process would inherit its threads' locks
+    killed = clean.Process(target=work, args=(study, True))
     killed.start()
     hanging: list[Path] = []
     for _ in range(600):
@@ -134,7 +134,7 @@ def test_workers_share_a_study_and_a_killed_ones_trial_is_taken_up(tmp_path: Pat
             break
         time.sleep(0.2)
     (hung,) = hanging
-    others = [fork.Process(target=work, args=(study, False)) for _ in range(2)]
+    others = [clean.Process(target=work, args=(study, False)) for _ in range(2)]
     for other in others:
         other.start()
     for other in others:
@@ -145,7 +145,7 @@ def test_workers_share_a_study_and_a_killed_ones_trial_is_taken_up(tmp_path: Pat
     os.kill(killed.pid, signal.SIGKILL)
     killed.join(timeout=60)
 
-    last = fork.Process(target=work, args=(study, False))
+    last = clean.Process(target=work, args=(study, False))
     last.start()
     last.join(timeout=300)
     ran = calls(study)
