@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,13 +63,19 @@ def draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) ->
     return Inputs(rows(case.anchors), labels.repeat_interleave(2), rows(case.classes))
 
 
-def ours(backend: str) -> Loss:
-    """The public function, as a training loop calls it."""
+def ours(backend: str, **options: Any) -> Loss:
+    """The public function, as a training loop calls it; `options` are others of its."""
 
     def loss(inputs: Inputs) -> Tensor:
         features, labels, prototypes = inputs
         return contrastive_loss(
-            features, labels, prototypes=prototypes, temperature=TEMPERATURE, class_average=True, backend=backend
+            features,
+            labels,
+            prototypes=prototypes,
+            temperature=TEMPERATURE,
+            class_average=True,
+            backend=backend,
+            **options,
         )
 
     return loss

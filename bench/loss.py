@@ -25,12 +25,9 @@ import gpu_loss
 import machine
 import torch
 import tyro
-from cases import TEMPERATURE, Case, Inputs, Loss, draw, ours, published_bcl, run
+from cases import Case, Inputs, Loss, draw, ours, published_bcl, run
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-
-from rcl_fast import contrastive_loss
 
 CASES = [
     Case("ImageNet-LT batch", 512, 1000, 1024),
@@ -85,20 +82,8 @@ def variants(case: Case, peer: Path | None) -> dict[str, Callable[[Inputs], Any]
 
 def ours_per_anchor(backend: str) -> Loss:
     """Through reduction="none", whose upstream gradient is not known before backward."""
-
-    def loss(inputs: Inputs) -> Tensor:
-        features, labels, prototypes = inputs
-        return contrastive_loss(
-            features,
-            labels,
-            prototypes=prototypes,
-            temperature=TEMPERATURE,
-            class_average=True,
-            backend=backend,
-            reduction="none",
-        ).mean()
-
-    return loss
+    losses = ours(backend, reduction="none")
+    return lambda inputs: losses(inputs).mean()
 
 
 def three_products(inputs: Inputs) -> None:
