@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from rcl_fast.provenance import describe
 from rcl_fast.train.experiments.runs import PROVENANCE
 from rcl_fast.train.logs import write_text
-from rcl_fast.train.provenance import describe
 
 LOG = "output.log"
 _POLL_SECONDS = 0.2

@@ -26,7 +26,7 @@ def describe() -> dict[str, str | int]:
 
 def _commit() -> str:
     """The commit of the working tree, marked where the tree differs from it."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent  # bench/gpu.sh imports it by way of a link
     show = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     found = subprocess.run(show, cwd=here, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
