@@ -148,7 +148,11 @@ class RunOptions:
     channels_last: bool = True
     """Keep images as NHWC, which is faster for convolutions."""
     compile: bool = False
-    """Compile the network with torch.compile (the first step then takes a minute)."""
+    """Compile the network with torch.compile, and on a GPU the views of --loader device (the first step then takes a
+    minute)."""
+    cuda_graph: bool = False
+    """Start all of a step at once, views and update too, as one CUDA graph: for small networks, whose steps otherwise
+    wait for the host. For one GPU with --loader device; goes well with --compile."""
     output: Path | None = None
     """Folder of the results; by default runs/DATASET-LOSS-ARCH-TIME."""
     resume: Path | None = None
@@ -243,7 +247,7 @@ def saved_config(run: Path) -> Config:
 # What a resumed run may change: where things are and how they are computed, not what is computed.
 RESUMABLE = {
     "data": {"data", "workers", "manifest"},
-    "run": {"device", "precision", "channels_last", "compile", "checkpoint_minutes", "timeout_minutes"},
+    "run": {"device", "precision", "channels_last", "compile", "cuda_graph", "checkpoint_minutes", "timeout_minutes"},
 }
 
 

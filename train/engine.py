@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -31,10 +30,10 @@ from rcl_fast.train.objective import LossParts, Objective, compress, has_prototy
 from rcl_fast.train.optimization import build_optimizer, build_schedule
 from rcl_fast.train.progress import Progress
 from rcl_fast.train.signals import Preempted, never
+from rcl_fast.train.step_losses import ADVICE, NonFiniteLoss, StepLosses
 
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message describes the batch."""
+Step = Callable[["Training", Batch], dict[str, Tensor]]
+"""`train_step`, or what does the same in another way."""
 
 
 @dataclass
@@ -187,6 +186,7 @@ def fit(
     folder: Path,
     log: Log,
     stopping: Callable[[], bool] = never,
+    step: Step | None = None,
 ) -> None:
     """Train to the last epoch; after each, validate and write last.pt, best.pt where it is the best, and the log.
 
@@ -207,7 +207,7 @@ def fit(
         if training.progress is None:
             _begin_epoch(training, log)
         row = {"epoch": training.epoch + 1, "learning_rate": training.optimizer.param_groups[0]["lr"]}
-        row.update(train_epoch(training, training_loader, log, saving))
+        row.update(train_epoch(training, training_loader, log, saving, step))
         _check_weights(training)
         try:
             evaluation = evaluate(
@@ -302,27 +302,25 @@ def _check_weights(training: Training) -> None:
     weights = [tensor for tensor in training.model.state_dict().values() if tensor.is_floating_point()]
     if not torch.stack([tensor.isfinite().all() for tensor in weights]).all():
         raise NonFiniteLoss(
-            f"the weights are not finite after epoch {training.epoch + 1}, though its losses are. {_ADVICE}"
+            f"the weights are not finite after epoch {training.epoch + 1}, though its losses are. {ADVICE}"
         )
 
 
-_ADVICE = "A lower --lr, more --warmup-epochs or --precision fp32 often help."
-
-
 def train_epoch(
-    training: Training, training_loader: Loader, log: Log, saving: _Saving | None = None
+    training: Training, training_loader: Loader, log: Log, saving: _Saving | None = None, step: Step | None = None
 ) -> dict[str, float]:
     """One pass over the training images, or the rest of one; the mean of each loss part, images a second of all
     processes, and the share of time in which the loader was waited for.
 
     Raises:
-        NonFiniteLoss: found one step late, so that reading a loss never makes a GPU wait.
+        NonFiniteLoss: found some steps late, so that reading a loss never makes a GPU wait.
         Preempted: by `saving`, which has then saved.
     """
     training.network.train()
+    take_step = step or train_step
     progress = training.progress = training.progress or Progress()
     batches = training_loader.epoch(training.epoch, start=progress.steps)
-    previous: tuple[dict[str, Tensor], Batch, int] | None = None
+    losses = StepLosses(progress, training.epoch)
     seconds_before, began = progress.seconds, time.perf_counter()
     while True:
         asked = time.perf_counter()
@@ -330,22 +328,18 @@ def train_epoch(
         progress.waiting += time.perf_counter() - asked
         images = 0 if batch is None else len(batch["label"])
         agreed = saving.agree(images) if saving else _Agreed(images, ends=images == 0, saves=False, stops=False)
+        if agreed.saves or agreed.ends:
+            losses.read_all()
         progress.seconds = seconds_before + time.perf_counter() - began
-        if previous is not None and (agreed.saves or agreed.ends):
-            _count(progress, training.epoch, *previous)
-            previous = None
         if saving and agreed.saves:
             saving.within_epoch()
         if agreed.stops:
             raise Preempted
         if batch is None or agreed.ends:
             break
-        current = train_step(training, batch), batch, agreed.images
+        losses.add(take_step(training, batch), batch, agreed.images)
         progress.steps += 1
         progress.images += agreed.images
-        if previous is not None:
-            _count(progress, training.epoch, *previous)
-        previous = current
         log.step_ended(training.epoch, training_loader.steps_per_epoch, progress.means(), progress.images_per_second())
     return {
         **progress.means(),
@@ -379,28 +373,6 @@ def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
     training.scaler.step(training.optimizer)
     training.scaler.update()
     return {name: part.detach() for name, part in loss.parts().items()}
-
-
-def _count(progress: Progress, epoch: int, losses: dict[str, Tensor], batch: Batch, images: int) -> None:
-    """Raises NonFiniteLoss."""
-    values = {name: loss.item() for name, loss in losses.items()}
-    if not math.isfinite(values["loss"]):
-        raise NonFiniteLoss(_describe_batch(values, batch, epoch))
-    progress.count(values, images)
-
-
-def _describe_batch(values: dict[str, float], batch: Batch, epoch: int) -> str:
-    parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
-    images = {
-        name: f"{view.min():.3g} to {view.max():.3g}" for name, view in batch.items() if name in ("x1", "x2", "x3")
-    }
-    labels, counts = batch["label"].unique(return_counts=True)
-    return (
-        f"the loss is not finite in epoch {epoch + 1}: {parts}. The batch: {len(batch['label'])} images of "
-        f"{len(labels)} classes (most: class {labels[counts.argmax()].item()}, {counts.max().item()} times); pixel "
-        f"ranges {images}; positions in the training set {batch['index'].tolist()}. "
-        f"{_ADVICE}"
-    )
 
 
 def _shape(shapes: dict[str, torch.Size], name: str) -> str:

@@ -11,6 +11,7 @@ from rcl_fast.train import processes
 from rcl_fast.train.config import Config
 from rcl_fast.train.data.choice import build, choose
 from rcl_fast.train.data.datasets import Splits, load_splits
+from rcl_fast.train.data.device_loader import DeviceLoader
 from rcl_fast.train.data.loader import (
     Loader,
     Reading,
@@ -26,6 +27,8 @@ from rcl_fast.train.data.views import training_kinds
 from rcl_fast.train.machine import Machine
 
 Say = Callable[[str], None]
+
+_EVALUATED_TOGETHER = 8  # training batches, of small images on a GPU: they keep nothing, and would not fill it
 
 
 def load(settings: Config, say: Say) -> Splits:
@@ -67,7 +70,10 @@ def training_loader(settings: Config, splits: Splits, machine: Machine, say: Say
     reading = _training_reading(settings, splits, _on_bad(settings, say))
     if settings.data.synthetic_data:
         return SyntheticLoader(reading, machine.device)
-    return _build(settings, reading, machine)
+    loader = _build(settings, reading, machine)
+    if settings.run.compile and machine.device.type == "cuda" and isinstance(loader, DeviceLoader):
+        loader.compile()
+    return loader
 
 
 def balanced_loader(settings: Config, splits: Splits, machine: Machine, say: Say) -> Loader:
@@ -86,6 +92,8 @@ def balanced_loader(settings: Config, splits: Splits, machine: Machine, say: Say
 def evaluation_loader(settings: Config, samples: Samples, machine: Machine, say: Say) -> Loader:
     """Raises SystemExit where the loader of the configuration can't bring these images."""
     batch_size = settings.optimization.batch_size
+    if settings.data.loader == "device" and machine.device.type == "cuda":
+        batch_size *= _EVALUATED_TOGETHER
     on_bad = _on_bad(settings, say)
     reading = evaluation_reading(
         samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
@@ -11,7 +12,16 @@ from rcl_fast.train.config import OptimizationOptions
 
 def build_optimizer(options: OptimizationOptions, model: nn.Module) -> SGD:
     """SGD over every parameter, decay included, as the recipes have it."""
-    return SGD(model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    parameters = list(model.parameters())
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)  # one kernel for all of them
+    optimizer = SGD(
+        parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused
+    )
+    for parameter in parameters:
+        # From zero the first step is what it would be without. PyTorch's fused kernel makes the buffers in that step,
+        # and leaves them uninitialised where fp16's scaling skips it; a CUDA graph has no first step at all.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def build_schedule(options: OptimizationOptions, optimizer: SGD) -> LRScheduler:

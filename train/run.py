@@ -17,9 +17,21 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from rcl_fast.train import checkpoints, config, engine, loading, processes, restarts, results, signals, status
+from rcl_fast.train import (
+    checkpoints,
+    config,
+    engine,
+    loading,
+    processes,
+    restarts,
+    results,
+    signals,
+    status,
+    whole_step,
+)
 from rcl_fast.train.config import Config
 from rcl_fast.train.data.datasets import Splits
+from rcl_fast.train.data.device_loader import DeviceLoader
 from rcl_fast.train.data.loader import Loader, StateMismatch
 from rcl_fast.train.data.samples import BadImage
 from rcl_fast.train.engine import NonFiniteLoss, Training
@@ -57,18 +69,23 @@ def _run(settings: Config, machine: Machine, stopping: Callable[[], bool]) -> Pa
     say = partial(console.print, highlight=False, markup=False)
     splits = loading.load(settings, say)
     settings = processes.from_main(loading.with_loader(settings, splits, machine, say))
+    if settings.run.cuda_graph:
+        whole_step.check(settings, machine)
     training = engine.start(settings, splits, machine)
     say_anywhere = partial(Console(soft_wrap=True).print, highlight=False, markup=False)  # each finds its bad images
-    loaders = (
-        loading.training_loader(settings, splits, machine, say_anywhere),
-        loading.evaluation_loader(settings, splits.validation, machine, say_anywhere),
-    )
+    training_loader = loading.training_loader(settings, splits, machine, say_anywhere)
+    step: engine.Step | None = None
+    if settings.run.cuda_graph:
+        assert isinstance(training_loader, DeviceLoader)  # checked above
+        step = whole_step.WholeStep(training_loader)
+        training_loader = step.order
+    loaders = training_loader, loading.evaluation_loader(settings, splits.validation, machine, say_anywhere)
     if settings.run.resume is not None:
-        _resume(training, loaders[0], settings.run.resume, say)
+        _resume(training, training_loader, settings.run.resume, say)
     folder = processes.on_main(lambda: _prepare_folder(settings))
     _introduce(console, settings, splits, training, folder)
     try:
-        interrupted = _train(settings, training, loaders, folder, console, stopping)
+        interrupted = _train(settings, training, loaders, folder, console, stopping, step)
         test = loading.evaluation_loader(settings, splits.test, machine, say_anywhere)
         best, last = _tested(splits, training, test, folder, stopping)
         figures = results.figures(settings, splits, training, best, last, interrupted)
@@ -117,13 +134,14 @@ def _train(
     folder: Path,
     console: Console,
     stopping: Callable[[], bool],
+    step: engine.Step | None,
 ) -> bool:
     """Train to the end; whether Ctrl-C came before it."""
     epochs = settings.optimization.epochs
     main = processes.is_main()
     with RunLog(folder, epochs, training.epoch, console) if main else nullcontext(SilentLog()) as log:
         try:
-            engine.fit(training, *loaders, folder, log, stopping)
+            engine.fit(training, *loaders, folder, log, stopping, step)
         except KeyboardInterrupt:
             training.load_state_dict(checkpoints.last_epoch(folder).state)
             log.say(f"interrupted; writing the report of {training.epoch} epochs (Ctrl-C again leaves without it)")

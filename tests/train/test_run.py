@@ -18,6 +18,7 @@ from rcl_fast.train import checkpoints, engine, loading, results, run, verify
 from rcl_fast.train.config import Config, parse
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.loader import identity
+from rcl_fast.train.optimization import build_optimizer
 
 METRICS = {
     "balanced_accuracy",
@@ -475,6 +476,7 @@ def test_accumulated_parts_give_the_whole_batch_gradient_of_a_mean(tmp_path: Pat
     batch = next(iter(loading.training_loader(settings, splits, whole.machine, print).epoch(0)))
     for training in (whole, parts):
         training.model.double().eval()
+        training.optimizer = build_optimizer(training.config.optimization, training.model)  # its momentum double too
         engine.train_step(training, {**batch, "x1": batch["x1"].double()})
     for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-9)

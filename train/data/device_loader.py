@@ -1,7 +1,4 @@
-"""Batches of images that lie on the device and are augmented there, a whole batch at a time: for sets of CIFAR's size.
-
-Nothing is compiled: the shapes of `augment` would allow it, but no GPU was at hand to show what it saves.
-"""
+"""Batches of images that lie on the device and are augmented there, a whole batch at a time: for sets like CIFAR."""
 
 from __future__ import annotations
 
@@ -36,23 +33,50 @@ class DeviceLoader:
         self.identity = identity(reading, "device 1")
         self._reading = reading
         self._labels = torch.from_numpy(reading.samples.labels)
+        self._labels_there = self._labels.to(device)
         self._images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
         self._mean, self._std = (
             torch.tensor(values, device=device) for values in (reading.options.mean, reading.options.std)
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        for batch in self.order(epoch, start):
+            index = batch["index_there"]
+            yield {**self.views(index, batch["epoch"]), "label": batch["label"], "index": batch["index"]}
+
+    def order(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """As `epoch`, without views: `label` and `index`, and on the device `index_there` [b] and `epoch` []."""
         batches = self._reading.batches(epoch)[start:]
         if not batches:
             return
         order, sizes = torch.from_numpy(np.concatenate(batches)), [len(batch) for batch in batches]
-        on_device = order.to(self._images.device)  # once an epoch: a copy in each step would be waited for
-        for index, there in zip(order.split(sizes), on_device.split(sizes), strict=True):
-            images = self._images.index_select(0, there)
-            views = self._random_views(images, epoch, there) if self._reading.kinds else {"x1": self._whole(images)}
-            yield {**views, "label": self._labels[index], "index": index}
+        there = order.to(self._images.device)  # once an epoch: a copy in each step would be waited for
+        epoch_there = torch.full((), epoch, dtype=torch.int64, device=self._images.device)
+        for index, index_there in zip(order.split(sizes), there.split(sizes), strict=True):
+            yield {"label": self._labels[index], "index": index, "index_there": index_there, "epoch": epoch_there}
 
-    def _random_views(self, images: Tensor, epoch: int, index: Tensor) -> Batch:
+    def views(self, index: Tensor, epoch: Tensor) -> Batch:
+        """x1, ... of the images `index` int64 [b] in `epoch` int64 [], both on the device, as the batch would be there.
+
+        The host neither waits nor copies: this can be compiled, and captured in a CUDA graph.
+        """
+        images = self._images.index_select(0, index)
+        return self._random_views(images, epoch, index) if self._reading.kinds else {"x1": self._whole(images)}
+
+    def compile(self) -> None:
+        """From here on views come from torch.compile: the same pixels, but for roundings of the device's compiler.
+
+        Not where RandAugment is in them: what timm says of its operations can't be traced. A CPU is faster without, for
+        it leaves out what was not drawn.
+        """
+        if not any("randaugment" in kind for kind in self._reading.kinds):
+            self.views = torch.compile(self.views, dynamic=False)  # type: ignore[method-assign]
+
+    def labels(self, index: Tensor) -> Tensor:
+        """int64 [b], on the device, as `index`."""
+        return self._labels_there.index_select(0, index)
+
+    def _random_views(self, images: Tensor, epoch: Tensor, index: Tensor) -> Batch:
         """Views of the same kind are made together: the time goes into starting operations as much as into pixels."""
         options, kinds = self._reading.options, self._reading.kinds
         views = {}

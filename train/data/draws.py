@@ -98,8 +98,11 @@ def plan(kind: ViewKind, options: ViewOptions) -> Plan:
     raise ValueError(f"unknown kind of view {kind!r}: expected one of {', '.join(get_args(ViewKind))}")
 
 
-def draw(kind: ViewKind, options: ViewOptions, *, seed: int, epoch: int, index: Tensor, view: int) -> Draws:
-    """The choices for view number `view` (0 for x1) of the images `index` int64 [B], on its device."""
+def draw(kind: ViewKind, options: ViewOptions, *, seed: int, epoch: int | Tensor, index: Tensor, view: int) -> Draws:
+    """The choices for view number `view` (0 for x1) of the images `index` int64 [B], on its device.
+
+    `epoch` may be int64 [], there too: what is compiled or captured once then serves every epoch.
+    """
     planned = plan(kind, options)
     uniform = _uniforms(seed, epoch, index, view)
     none = torch.empty(len(index), 0, device=index.device)
@@ -140,10 +143,10 @@ Uniform = Callable[[int], Tensor]
 """count -> float64 [B, count] in [0, 1), others at every call."""
 
 
-def _uniforms(seed: int, epoch: int, index: Tensor, view: int) -> Uniform:
+def _uniforms(seed: int, epoch: int | Tensor, index: Tensor, view: int) -> Uniform:
     """SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014), a stream an image."""
-    key = _mix(torch.tensor(seed))  # one number, on the CPU, until the indices come in
-    for part in (torch.tensor(epoch), index.long(), torch.tensor(view)):
+    key = _mix(_number(seed, index.device))
+    for part in (_number(epoch, index.device), index.long(), _number(view, index.device)):
         key = _mix(key + _GAMMA * (part + 1))
     drawn, ahead = 0, torch.empty(len(index), 0, dtype=torch.float64, device=index.device)
 
@@ -159,6 +162,11 @@ def _uniforms(seed: int, epoch: int, index: Tensor, view: int) -> Uniform:
         return numbers
 
     return uniform
+
+
+def _number(value: int | Tensor, device: torch.device) -> Tensor:
+    """0-dimensional; made where it is, for a copy to a GPU could not be part of a CUDA graph."""
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=device)
 
 
 _AHEAD = 48
@@ -221,9 +229,14 @@ def _jitter(strengths: tuple[float, ...], probability: float, uniform: Uniform) 
     return torch.where(applied, numbers.long()[order], 0), factors.gather(1, order)
 
 
-@cache
+@torch.compiler.assume_constant_result  # traced, it would lose digits
 def _jitter_table(strengths: tuple[float, ...], device: torch.device) -> Tensor:
     """Float64 [operations, 3]: number, smallest and largest magnitude."""
+    return _made_jitter_table(strengths, device)
+
+
+@cache
+def _made_jitter_table(strengths: tuple[float, ...], device: torch.device) -> Tensor:
     rows = [
         (NUMBER[name], -strength if name == "hue" else max(0.0, 1 - strength), (name != "hue") + strength)
         for name, strength in zip(JITTER, strengths, strict=False)
@@ -273,9 +286,14 @@ def _autoaugment(side: int, uniform: Uniform) -> tuple[Tensor, Tensor]:
     return torch.where(applied <= probability, numbers.long(), 0), start + sign * change
 
 
-@cache
+@torch.compiler.assume_constant_result  # traced, it would lose digits
 def _policies(side: int, device: torch.device) -> Tensor:
     """Float64 [25, 2, 4] of the CIFAR-10 policy: number, probability, and the magnitude's mean and its random part."""
+    return _made_policies(side, device)
+
+
+@cache
+def _made_policies(side: int, device: torch.device) -> Tensor:
     rows = [
         [(NUMBER[_AUTOAUGMENT[name]], probability, *_magnitude(name, step, side)) for name, probability, step in policy]
         for policy in _torchvision()._policies

@@ -1,0 +1,244 @@
+"""A whole step: the same run as step by step, nothing in it that a graph could not hold, and its losses read late."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rcl_fast.train import checkpoints, engine, loading, run, step_losses, whole_step
+from rcl_fast.train.config import Config, parse
+from rcl_fast.train.data.datasets import Splits
+from rcl_fast.train.data.device_loader import DeviceLoader
+from rcl_fast.train.data.loader import training_reading
+from rcl_fast.train.data.samples import Samples
+from rcl_fast.train.data.views import training_kinds
+from rcl_fast.train.machine import Machine, choose_machine
+from rcl_fast.train.progress import Progress
+from rcl_fast.train.step_losses import NonFiniteLoss, StepLosses
+from rcl_fast.train.whole_step import WholeStep
+
+LOSSES = ("ce", "ldam_drw", "scl", "bcl_rcl")
+
+
+def settings(output: Path, *arguments: str) -> Config:
+    return parse(["--loader", "device", "--batch-size", "100", "--epochs", "4", "--output", str(output), *arguments])
+
+
+def started(config: Config) -> tuple[engine.Training, DeviceLoader]:
+    machine = choose_machine(config.run)
+    splits = loading.load(config, print)
+    loader = loading.training_loader(config, splits, machine, print)
+    assert isinstance(loader, DeviceLoader)
+    return engine.start(config, splits, machine), loader
+
+
+def capture_without_a_gpu(recorded: list[Any]) -> Callable[..., Any]:
+    """What `capture` does, but that a replay is the step again, with its losses put where the first ones were."""
+
+    def capture(step: Callable[[], dict], training: engine.Training) -> Callable[[], dict]:
+        with whole_step.unchanged(training):
+            losses = step()
+        recorded.append(training.epoch)
+
+        def replay() -> dict:
+            for name, loss in step().items():
+                losses[name].copy_(loss)
+            return losses
+
+        return replay
+
+    return capture
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_of_whole_steps_is_the_run_step_by_step(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run.run(settings(tmp_path / "plain", "--loss", loss))
+    recorded: list[int] = []
+    monkeypatch.setattr(whole_step, "capture", capture_without_a_gpu(recorded))
+    monkeypatch.setattr(whole_step, "check", lambda *_: None)
+    whole = run.run(settings(tmp_path / "whole", "--loss", loss, "--cuda-graph"))
+    ours, theirs = (checkpoints.load(folder / checkpoints.LAST) for folder in (whole, plain))
+    for name, tensor in theirs["model"].items():
+        assert torch.equal(tensor, ours["model"][name]), name
+    for one, other in zip(ours["history"], theirs["history"], strict=True):
+        same = one.keys() - {"images_per_second", "waiting_for_data"}
+        assert {name: one[name] for name in same} == {name: other[name] for name in same}
+    # The compression of the second half is another step: its graph is captured anew, and LDAM's weights are only read.
+    assert recorded == ([0, 2] if loss == "bcl_rcl" else [0])
+
+
+def test_a_stopped_run_of_whole_steps_goes_on_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run.run(settings(tmp_path / "expected"))
+    monkeypatch.setattr(whole_step, "capture", capture_without_a_gpu([]))
+    monkeypatch.setattr(whole_step, "check", lambda *_: None)
+    step = WholeStep.__call__
+
+    def interrupted(self: WholeStep, training: engine.Training, batch: dict) -> dict:
+        if training.epoch == 2:
+            raise KeyboardInterrupt
+        return step(self, training, batch)
+
+    monkeypatch.setattr(WholeStep, "__call__", interrupted)
+    folder = run.run(settings(tmp_path / "run", "--cuda-graph"))
+    run.run(parse(["--resume", str(folder), "--no-cuda-graph"]))
+    ours, theirs = (checkpoints.load(each / checkpoints.LAST)["model"] for each in (folder, expected))
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name]), name
+
+
+META = torch.device("meta")
+
+
+def made_up(side: int) -> Splits:
+    make = np.random.default_rng(0)
+    samples = Samples(make.integers(0, 256, (40, side, side, 3), np.uint8), np.repeat(np.arange(4), 10))
+    return Splits(samples, samples, samples, list("abcd"), np.full(4, 10), "nothing")
+
+
+class OneDevice(TorchDispatchMode):
+    """No operation reads or makes a tensor on the host: on a GPU that would be a copy, which a graph can't hold."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        elsewhere = [
+            leaf
+            for leaf in tree_leaves((args, kwargs, found))
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta"
+        ]
+        assert not elsewhere, f"{func} touches {[(tuple(leaf.shape), leaf.device) for leaf in elsewhere]}"
+        return found
+
+
+@pytest.mark.parametrize("dataset", ["digits_lt", "cifar100_lt"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_host_neither_waits_nor_copies_in_a_whole_step(
+    loss: str, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that holds no values: whatever asks for one, for which a GPU would have to be waited for, fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not know this device
+    config = parse(["--dataset", dataset, "--loss", loss, "--clip-grad-norm", "1", "--backend", "tiled"])
+    machine = Machine(META, "fp32", torch.channels_last)
+    splits = made_up(config.views.image_size)
+    training = engine.start(config, splits, machine)
+    training.network.train()
+    if training.objective.contrastive is not None:
+        training.objective.contrastive.set_compression(torch.ones(splits.num_classes))
+    kinds = training_kinds(config.views, config.contrastive)
+    step = WholeStep(DeviceLoader(training_reading(splits.train, kinds, config.views, seed=0, batch_size=16), META))
+    batch = next(step.order.epoch(0))
+    inputs = whole_step.Inputs(batch["index_there"], batch["epoch"], torch.zeros((), device="meta"))
+    step._step(training, inputs)  # makes what is made once
+    with OneDevice():
+        losses = step._step(training, inputs)
+    assert {loss.device.type for loss in losses.values()} == {"meta"}
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        losses["loss"].item()
+
+
+def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
+    training, loader = started(settings(tmp_path))
+    training.network.train()
+    step = WholeStep(loader)
+    batches = list(step.order.epoch(0))
+    step._replay = lambda: {}  # nothing to capture: only what is to be written before a replay
+    step(training, batches[0])
+    assert step._inputs is not None
+    step._step(training, step._inputs)  # momentum that is not zero
+    before = [tensor.clone() for tensor in changing(training)]
+    random = torch.get_rng_state()
+    with whole_step.unchanged(training):
+        step._step(training, step._inputs)
+        torch.rand(1)
+        assert not all(map(torch.equal, before, changing(training)))
+    assert all(map(torch.equal, before, changing(training)))
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def changing(training: engine.Training) -> list[torch.Tensor]:
+    momenta = [state["momentum_buffer"] for state in training.optimizer.state.values()]
+    return [*training.model.state_dict().values(), *momenta]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--loader", "device"], "needs a GPU, and the device is cpu"),
+        (["--loader", "torchvision"], "needs --loader device, and this is torchvision"),
+        (["--loader", "device", "--accumulate", "2"], "leave out --accumulate"),
+        (["--loader", "device", "--precision", "fp16"], "take --precision fp32 or bf16"),
+        (["--loader", "device", "--synthetic-data"], "leave out --synthetic-data"),
+    ],
+)
+def test_what_cannot_be_captured_is_said(arguments: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=said):
+        run.run(parse(["--device", "cpu", "--cuda-graph", "--output", str(tmp_path / "run"), *arguments]))
+    assert not (tmp_path / "run").exists()
+
+
+class LateEvent:
+    """A CUDA event of a device that ends a step only when it is waited for, or told to."""
+
+    def __init__(self, blocking: bool) -> None:
+        self.ended = False
+        self.waited_for = False
+        made.append(self)
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return self.ended
+
+    def synchronize(self) -> None:
+        self.waited_for = not self.ended
+        self.ended = True
+
+
+made: list[LateEvent] = []
+
+
+def test_the_host_reads_losses_that_have_come_and_waits_only_where_it_is_far_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made.clear()
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    progress = Progress()
+    losses = StepLosses(progress, epoch=0)
+    batch = {"label": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
+    for number in range(step_losses.MOST_UNDER_WAY):
+        losses.add({"loss": torch.tensor(float(number))}, batch, images=2)
+    assert progress.counted == 0
+    made[0].ended = True
+    losses.add({"loss": torch.tensor(10.0)}, batch, images=2)
+    assert progress.counted == 2
+    assert not any(event.waited_for for event in made)
+    losses.add({"loss": torch.tensor(20.0)}, batch, images=2)
+    assert [event.waited_for for event in made] == [False, True, False, False]
+    losses.add({"loss": torch.tensor(float("nan"))}, batch, images=2)
+    with pytest.raises(NonFiniteLoss, match=r"positions in the training set \[0, 1\]"):
+        losses.read_all()
+    assert progress.counted == 8
+    assert progress.totals == {"loss": 2 * (0 + 1 + 10 + 20)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_captured_step_is_the_step(compiled: bool, tmp_path: Path) -> None:
+    """Two epochs of each on a GPU: graphs start the same kernels, so what differs is the order of atomic sums."""
+    flags = ["--precision", "fp32", "--compression-from", "0.25", *(["--compile"] if compiled else [])]
+    found = []
+    for more in ([], ["--cuda-graph"]):
+        folder = run.run(settings(tmp_path / f"run{len(found)}", *flags, *more))
+        found.append(checkpoints.load(folder / checkpoints.LAST)["history"])
+    for one, other in zip(*found, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
+    assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], rel=1e-4)
