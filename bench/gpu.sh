@@ -2,8 +2,10 @@
 # Proof on a CUDA GPU: all tests of the loss, its speed, its memory; then the loaders, the trainer and its whole step.
 # The first three end within ten minutes, the others within eight more. PyTorch's image suffices, without network.
 #
-#   bench/gpu.sh OUT                                everything; a failing test stops it
+#   bench/gpu.sh OUT                                everything but the next; a failing test stops it
 #   bench/gpu.sh OUT gate|speed|memory|data|step    one part
+#   bench/gpu.sh OUT cifar                          CIFAR-100-LT in whole steps, and whole runs, alone and three at once
+#   bench/gpu.sh OUT table1                         the paper's table 1 there, 3 seeds; the same command goes on
 #   bench/gpu.sh OUT [PART] --dry-run               any machine: proves this script, keeps no figure
 #
 # OUT gets gate.log, and PART.jsonl of each other part. Set in the environment, where you have them:
@@ -12,7 +14,7 @@
 #   PYTHON=python3     WHEELS=folder of `pip download pytest hypothesis 'rcl-fast[train]'`, for an image without them
 set -euo pipefail
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }
 
 [[ $# -ge 1 && $1 != -* ]] || usage
 mkdir -p "$1"
@@ -21,7 +23,7 @@ shift
 PART=all DRY=
 for argument in "$@"; do
   case $argument in
-    gate | speed | memory | data | step) PART=$argument ;;
+    gate | speed | memory | data | step | cifar | table1) PART=$argument ;;
     --dry-run) DRY=--dry-run ;;
     *) usage ;;
   esac
@@ -119,10 +121,30 @@ step() {
     --output "$OUT/step.jsonl" $DRY
 }
 
+cifar() {
+  bring_the_trainer cifar || return 0
+  [[ -n $DRY ]] || : "${CIFAR:?name the folder of cifar100_lt}"
+  timeout 180 "$PYTHON" bench/step.py --arch resnet32 --rounds 3 --workers "$(nproc)" --output "$OUT/cifar.jsonl" $DRY
+  timeout 400 "$PYTHON" bench/cifar.py --ways graph_compiled --seeds 1 --at-once 1 3 \
+    ${CIFAR:+--data "$CIFAR"} --output "$OUT/cifar.jsonl" $DRY
+}
+
+table1() {
+  bring_the_trainer table1 || return 0
+  local setting=(--dataset digits_lt --epochs 1 --seeds 1 --only BCL+RCL)
+  [[ -n $DRY ]] || setting=(
+    --dataset cifar100_lt --data "${CIFAR:?name the folder of cifar100_lt}" --jobs-per-device "${JOBS:-3}"
+    --more="--cuda-graph --compile"
+  )
+  timeout 590 "$PYTHON" train/reproduce.py table1 "${setting[@]}" --folder "$OUT/runs" --output "$OUT/table1"
+}
+
 began=$SECONDS
 [[ $PART != all && $PART != gate ]] || gate 2>&1 | tee "$OUT/gate.log"
 [[ $PART != all && $PART != speed ]] || measure speed 240
 [[ $PART != all && $PART != memory ]] || measure memory 80
 [[ $PART != all && $PART != data ]] || data
 [[ $PART != all && $PART != step ]] || step
+[[ $PART != cifar ]] || cifar
+[[ $PART != table1 ]] || table1
 echo "gpu.sh: $PART done in $((SECONDS - began)) s; rows in $OUT"

@@ -46,7 +46,7 @@ import numpy as np
 import torch
 import tyro
 from cases import synchronize
-from data import Case, Silent, made_up, reading, repeated, spread
+from data import Case, an_epoch, made_up, reading, repeated, spread
 from gpu_loss import describe, measured_peak
 from rich.console import Console
 from rich.table import Table
@@ -57,11 +57,13 @@ from torch.nn import functional as F
 from rcl_fast.train import config, engine
 from rcl_fast.train.data.choice import build, choose
 from rcl_fast.train.data.datasets import Splits
+from rcl_fast.train.data.device_loader import DeviceLoader
 from rcl_fast.train.data.loader import Batch, Loader
 from rcl_fast.train.data.samples import Samples
 from rcl_fast.train.data.synthetic_loader import SyntheticLoader
 from rcl_fast.train.machine import DTYPES, choose_machine
 from rcl_fast.train.models import LongTailedClassifier
+from rcl_fast.train.whole_step import WholeStep
 
 LOSS_CALLS = 5  # of the loss alone in a variant's turn
 PASSES = 5  # over a convolution's outputs, at least
@@ -187,10 +189,16 @@ def loops(case: Case, splits: Splits, options: Options) -> Iterator[tuple[Loop, 
         yield Loop("plain loop without TF32", plain, plain_epoch, plain_switches(tf32=False)), [NOISE]
     chosen, _ = choose(reading(case), device)
     ours = start(case, splits, options, "--precision", options.precision)
-    yield Loop("ours", ours, our_epoch), [NOISE] if options.compile else [NOISE, chosen]
+    yield Loop("ours", ours, an_epoch), [NOISE] if options.compile else [NOISE, chosen]
     if options.compile:
         compiled = start(case, splits, options, "--precision", options.precision, "--compile")
-        yield Loop("ours, compiled", compiled, our_epoch), [NOISE, chosen]
+        yield Loop("ours, compiled", compiled, an_epoch), [NOISE, chosen]
+        if device.type == "cuda" and chosen == "device":
+            captured = start(case, splits, options, "--precision", options.precision, "--compile")
+            yield Loop("ours, compiled, in a CUDA graph", captured, graph_epoch()), [chosen]
+    if device.type == "cuda" and chosen == "device":
+        captured = start(case, splits, options, "--precision", options.precision)
+        yield Loop("ours, in a CUDA graph", captured, graph_epoch()), [chosen]
 
 
 def start(case: Case, splits: Splits, options: Options, *arguments: str) -> engine.Training:
@@ -200,8 +208,17 @@ def start(case: Case, splits: Splits, options: Options, *arguments: str) -> engi
     return engine.start(settings, splits, choose_machine(settings.run))
 
 
-def our_epoch(training: engine.Training, loader: Loader) -> None:
-    engine.train_epoch(training, loader, Silent())
+def graph_epoch() -> Callable[[engine.Training, Loader], Any]:
+    """Whole steps of one loader, captured in the first; what only warms up on noise goes step by step."""
+    steps: dict[Loader, WholeStep] = {}
+
+    def epoch(training: engine.Training, loader: Loader) -> dict[str, float]:
+        if not isinstance(loader, DeviceLoader):
+            return an_epoch(training, loader)
+        step = steps.setdefault(loader, WholeStep(loader))
+        return an_epoch(training, step.order, step)
+
+    return epoch
 
 
 def plain_epoch(training: engine.Training, loader: Loader) -> None:

@@ -1,4 +1,4 @@
-"""The kernels' benchmarks run where only PyTorch and Triton are installed."""
+"""What benchmarks need to run, and that they time what they say."""
 
 import subprocess
 import sys
@@ -18,3 +18,27 @@ assert machine.describe()["torch"]
 
 def test_the_loss_is_measured_without_the_trainers_packages() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_THE_TRAINER, str(BENCH)], check=True, timeout=300)
+
+
+TWO_EPOCHS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from data import an_epoch
+from rcl_fast.train import config, engine, loading
+from rcl_fast.train.machine import choose_machine
+settings = config.parse(["--loss", "ce", "--device", "cpu", "--loader", "device"])
+machine = choose_machine(settings.run)
+splits = loading.load(settings, print)
+training = engine.start(settings, splits, machine)
+loader = loading.training_loader(settings, splits, machine, print)
+for _ in range(2):
+    weight = training.model.classifier.weight.clone()
+    an_epoch(training, loader)
+    assert training.progress.steps == loader.steps_per_epoch
+    assert not weight.equal(training.model.classifier.weight)
+"""
+
+
+def test_each_timed_epoch_is_a_whole_one() -> None:
+    """An epoch under way goes on where it was: what is timed must not be the rest of the one before."""
+    subprocess.run([sys.executable, "-c", TWO_EPOCHS, str(BENCH)], check=True, timeout=300)

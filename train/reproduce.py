@@ -54,7 +54,8 @@ class Options:
     validate_on: Literal["validation", "test"] | None = None
     """Where epochs are selected; by default on CIFAR the test set, as the literature does."""
     more: str = ""
-    """Any other options of train/run.py, for all runs, like --more="--batch-size 128"; the table says so."""
+    """Any other options of train/run.py, for all runs, like --more="--batch-size 128"; the table says so. Those that
+    change how runs are computed and not what, like --more="--cuda-graph --compile", leave the setting the paper's."""
 
     devices: tuple[str, ...] | None = None
     """GPUs, as CUDA_VISIBLE_DEVICES names them; by default all, else the CPU."""
@@ -307,7 +308,10 @@ def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: Op
 def file_name(table: Table, setting: Setting) -> str:
     """What is not the paper's setting has a name of its own."""
     parts = [table.name, setting.dataset, f"{setting.epochs}epochs" if setting.epochs else None]
-    parts += [f"on_{setting.validate_on}" if setting.validate_on else None, "more" if setting.more else None]
+    parts += [
+        f"on_{setting.validate_on}" if setting.validate_on else None,
+        "more" if setting.changes_results() else None,
+    ]
     return "-".join(part for part in parts if part)
 
 

@@ -43,7 +43,11 @@ class Setting(NamedTuple):
             found.append(f"{self.epochs} epoch{'s' * (self.epochs != 1)}")
         if self.validate_on is not None:
             found.append(f"--validate-on {self.validate_on}")
-        return found + ([shlex.join(self.more)] if self.more else [])
+        return found + ([shlex.join(self.more)] if self.changes_results() else [])
+
+    def changes_results(self) -> bool:
+        """Whether `more` does: --cuda-graph, for one, only computes the same in another way."""
+        return key(_parsed(self.more)) != key(_parsed(()))
 
 
 class Run(NamedTuple):
