@@ -33,13 +33,15 @@ def figures(
 ) -> dict[str, Any]:
     """The content of metrics.json: `best` and `last` are the test set's evaluations of those epochs."""
     counts = training.group_counts
+    of_last = metrics.summary(last.confusion, counts)
     return {
         **metrics.summary(best.confusion, counts, best.reliability),
         "per_class_accuracy": _plain(metrics.per_class_accuracy(best.confusion)),
         "reliability": _reliability(best.reliability),
         "best_epoch": training.best_epoch or None,
         "last_epoch": training.epoch,
-        "last_epoch_balanced_accuracy": metrics.summary(last.confusion, counts)["balanced_accuracy"],
+        "last_epoch_balanced_accuracy": of_last["balanced_accuracy"],
+        "last_epoch_harmonic_mean": of_last["harmonic_mean"],
         "selected_on": splits.selected_on,
         "parameters": parameters(training.model.backbone, training.model.classifier),
         "parameters_with_heads": parameters(training.model),

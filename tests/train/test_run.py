@@ -33,6 +33,7 @@ METRICS = {
     "worst_class",
     "best_epoch",
     "last_epoch_balanced_accuracy",
+    "last_epoch_harmonic_mean",
     "parameters",
     "images_per_second",
     "waiting_for_data",

@@ -1,7 +1,9 @@
 """A whole step: the same run as step by step, nothing in it that a graph could not hold, and its losses read late."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rcl_fast.train import checkpoints, engine, loading, run, step_losses, whole_step
-from rcl_fast.train.config import Config, parse
+from rcl_fast.train.config import Config, parse, recipe
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.device_loader import DeviceLoader
 from rcl_fast.train.data.loader import training_reading
@@ -141,6 +143,33 @@ def test_the_host_neither_waits_nor_copies_in_a_whole_step(
     assert {loss.device.type for loss in losses.values()} == {"meta"}
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         losses["loss"].item()
+
+
+@pytest.mark.parametrize("dataset", ["digits_lt", "cifar100_lt"])
+def test_compiled_views_are_the_views_and_one_compilation_serves_every_epoch(
+    dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = recipe(dataset, "bcl_rcl").views
+    kinds = training_kinds(options, contrastive=True)
+    reading = training_reading(made_up(options.image_size).train, kinds, options, seed=0, batch_size=20)
+    plain, compiled = (DeviceLoader(reading, torch.device("cpu")) for _ in range(2))
+    # Traced as a GPU's views are, and not handed to a compiler: that of a GPU is not here, a CPU's takes a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    compiled.compile()
+    torch._dynamo.utils.counters.clear()
+    for epoch in range(2):
+        for one, other in zip(plain.epoch(epoch), compiled.epoch(epoch), strict=True):
+            for name in ("x1", "x2", "x3"):
+                assert torch.equal(one[name], other[name]), (epoch, name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_views_with_randaugment_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "compile")
+    options = dataclasses.replace(recipe("cifar100_lt", "bcl_rcl").views, x2="sim_randaugment")
+    kinds = training_kinds(options, contrastive=True)
+    reading = training_reading(made_up(32).train, kinds, options, seed=0, batch_size=20)
+    DeviceLoader(reading, torch.device("cpu")).compile()
 
 
 def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:

@@ -240,9 +240,6 @@ def row_of(of: Run, second_stage: str | None = None) -> dict[str, Any] | None:
         results = _read(second_stage_folder(of, second_stage) / "metrics.json")
         if not results:
             return None
-    elif "last_epoch_harmonic_mean" not in results and results["selected_on"].startswith("test"):
-        lines = (of.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        results["last_epoch_harmonic_mean"] = json.loads(lines[-1])["harmonic_mean"]
     return {
         "key": of.key,
         "second_stage": second_stage,
