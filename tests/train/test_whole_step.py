@@ -1,8 +1,8 @@
 """A whole step: the same run as step by step, nothing in it that a graph could not hold, and its losses read late."""
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,84 @@ def test_what_cannot_be_captured_is_said(arguments: list[str], said: str, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+class FakeCuda:
+    """The calls of torch.cuda that a capture makes, by name in their order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        fake = self
+
+        class Stream:
+            def __init__(self, device: torch.device | None = None) -> None:
+                self.name = "default" if device is None else "aside"
+
+            def wait_stream(self, other: "Stream") -> None:
+                fake.calls.append(f"{self.name} waits for {other.name}")
+
+        class Graph:
+            def replay(self) -> None:
+                fake.calls.append("replay")
+
+        @contextmanager
+        def recording(graph: Graph, stream: Stream) -> Iterator[None]:
+            fake.calls.append(f"record {stream.name}")
+            yield
+            fake.calls.append("recorded")
+
+        for name, value in {
+            "Stream": Stream,
+            "current_stream": lambda _: Stream(),
+            "stream": lambda _: nullcontext(),
+            "CUDAGraph": Graph,
+            "graph": recording,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_capture_warms_up_aside_records_once_and_then_only_replays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU it can be shown which calls are made, and not that CUDA takes them: for that is the next test."""
+    cuda = FakeCuda(monkeypatch)
+    training, loader = started(settings(tmp_path))
+    training.network.train()
+    before = [tensor.clone() for tensor in changing(training)]
+    batch = next(loader.epoch(0))
+
+    def step() -> dict[str, torch.Tensor]:
+        cuda.calls.append("step without gradients" if training.model.classifier.weight.grad is None else "step")
+        if cuda.calls[-2].startswith("record"):
+            return {"loss": torch.zeros(())}  # a recording computes nothing
+        return engine.train_step(training, batch)
+
+    replay = whole_step.capture(step, training)
+    assert all(map(torch.equal, before, changing(training)))
+    losses = replay()
+    assert replay() is losses
+    assert cuda.calls == [
+        "aside waits for default",
+        *["step without gradients", "step", "step"],
+        "default waits for aside",
+        *["record aside", "step without gradients", "recorded"],
+        *["replay", "replay"],
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_captured_step_is_the_step(compiled: bool, tmp_path: Path) -> None:
+    """Two epochs of each on a GPU: graphs start the same kernels, so what differs is the order of atomic sums."""
+    flags = ["--precision", "fp32", "--compression-from", "0.25", *(["--compile"] if compiled else [])]
+    found = []
+    for more in ([], ["--cuda-graph"]):
+        folder = run.run(settings(tmp_path / f"run{len(found)}", *flags, *more))
+        found.append(checkpoints.load(folder / checkpoints.LAST)["history"])
+    for one, other in zip(*found, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
+    assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], rel=1e-4)
+
+
 class LateEvent:
     """A CUDA event of a device that ends a step only when it is waited for, or told to."""
 
@@ -256,18 +334,3 @@ def test_the_host_reads_losses_that_have_come_and_waits_only_where_it_is_far_ahe
         losses.read_all()
     assert progress.counted == 8
     assert progress.totals == {"loss": 2 * (0 + 1 + 10 + 20)}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_captured_step_is_the_step(compiled: bool, tmp_path: Path) -> None:
-    """Two epochs of each on a GPU: graphs start the same kernels, so what differs is the order of atomic sums."""
-    flags = ["--precision", "fp32", "--compression-from", "0.25", *(["--compile"] if compiled else [])]
-    found = []
-    for more in ([], ["--cuda-graph"]):
-        folder = run.run(settings(tmp_path / f"run{len(found)}", *flags, *more))
-        found.append(checkpoints.load(folder / checkpoints.LAST)["history"])
-    for one, other in zip(*found, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
-    assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], rel=1e-4)
