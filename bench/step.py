@@ -281,6 +281,8 @@ def warm(loop: Loop, images: str, case: Case, options: Options) -> Variant:
     loader: Loader = Again(training, noise, options.steps)
     if images != NOISE:
         loader = build(images, what, device=device, workers=options.workers)  # type: ignore[arg-type]  # a LoaderName
+        if training.config.run.compile and device.type == "cuda" and isinstance(loader, DeviceLoader):
+            loader.compile()
     with loop.switches():
         for _ in range(2):
             loop.epoch(training, first)

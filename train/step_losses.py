@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rcl_fast.train import processes
 from rcl_fast.train.data.loader import Batch
 from rcl_fast.train.progress import Progress
 
@@ -64,7 +65,8 @@ class StepLosses:
 
 
 def _has_come(step: _Step) -> bool:
-    return step.come is None or step.come.query()
+    # Several processes have to read at the same step: they end together where a loss is not finite.
+    return step.come is None or (processes.world() == 1 and step.come.query())
 
 
 def _describe_batch(values: dict[str, float], batch: Batch, epoch: int) -> str:
