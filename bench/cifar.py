@@ -74,9 +74,7 @@ def main(options: Options) -> None:
     for seeds in groups(options):
         for way in options.ways:
             rows.append(measured(way, seeds, options, is_first=all(row["way"] != way for row in rows)))
-            if (
-                options.output is not None and not options.dry_run
-            ):  # at once: a run may be the last that there is time for
+            if options.output is not None and not options.dry_run:  # now, for the next run may be stopped
                 with options.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     Console(width=110).print(table(rows))

@@ -2,7 +2,7 @@
 # Proof on a CUDA GPU: all tests of the loss, its speed, its memory; then the loaders, the trainer and its whole step.
 # The first three end within ten minutes, the others within eight more. PyTorch's image suffices, without network.
 #
-#   bench/gpu.sh OUT                                everything but the next; a failing test stops it
+#   bench/gpu.sh OUT                                all but cifar and table1; a failing test stops it
 #   bench/gpu.sh OUT gate|speed|memory|data|step    one part
 #   bench/gpu.sh OUT cifar                          CIFAR-100-LT in whole steps, and whole runs, alone and three at once
 #   bench/gpu.sh OUT table1                         the paper's table 1 there, 3 seeds; the same command goes on
@@ -96,8 +96,9 @@ measure() { # PART SECONDS
 }
 
 bring_the_trainer() { # PART
-  bring tyro rich tensorboard plotly jinja2 && return
-  echo "$1: left out, as tyro, rich, tensorboard, plotly or jinja2 is missing (WHEELS=folder brings them)"
+  bring tyro rich tensorboard plotly jinja2 timm && has torchvision && has sklearn && return
+  echo "$1: left out, as tyro, rich, tensorboard, plotly, jinja2 or timm is missing (WHEELS=folder brings them)," \
+    "or torchvision or scikit-learn, which come with PyTorch's image or not"
   return 1
 }
 
@@ -124,9 +125,13 @@ step() {
 cifar() {
   bring_the_trainer cifar || return 0
   [[ -n $DRY ]] || : "${CIFAR:?name the folder of cifar100_lt}"
-  timeout 180 "$PYTHON" bench/step.py --arch resnet32 --rounds 3 --workers "$(nproc)" --output "$OUT/cifar.jsonl" $DRY
+  if bring pytest hypothesis; then  # a graph that no test has compared is not worth a figure
+    timeout 270 "${PYTEST[@]}" -q -m gpu ${DRY:+--collect-only} tests/train/test_whole_step.py
+  fi
   timeout 400 "$PYTHON" bench/cifar.py --ways graph_compiled --seeds 1 --at-once 1 3 \
     ${CIFAR:+--data "$CIFAR"} --output "$OUT/cifar.jsonl" $DRY
+  timeout 300 "$PYTHON" bench/step.py --arch resnet32 --rounds 3 --workers "$(nproc)" \
+    --output "$OUT/cifar_step.jsonl" $DRY
 }
 
 table1() {

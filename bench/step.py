@@ -61,6 +61,7 @@ from rcl_fast.train.data.device_loader import DeviceLoader
 from rcl_fast.train.data.loader import Batch, Loader
 from rcl_fast.train.data.samples import Samples
 from rcl_fast.train.data.synthetic_loader import SyntheticLoader
+from rcl_fast.train.loading import compile_views
 from rcl_fast.train.machine import DTYPES, choose_machine
 from rcl_fast.train.models import LongTailedClassifier
 from rcl_fast.train.whole_step import WholeStep
@@ -281,8 +282,7 @@ def warm(loop: Loop, images: str, case: Case, options: Options) -> Variant:
     loader: Loader = Again(training, noise, options.steps)
     if images != NOISE:
         loader = build(images, what, device=device, workers=options.workers)  # type: ignore[arg-type]  # a LoaderName
-        if training.config.run.compile and device.type == "cuda" and isinstance(loader, DeviceLoader):
-            loader.compile()
+        compile_views(training.config, loader, training.machine)
     with loop.switches():
         for _ in range(2):
             loop.epoch(training, first)

@@ -25,7 +25,7 @@ from rcl_fast.train import randomness
 from rcl_fast.train.machine import Machine
 from rcl_fast.train.models import LongTailedClassifier, Outputs
 from rcl_fast.train.objective import LossParts
-from rcl_fast.train.parallel import buffers_kept
+from rcl_fast.train.parallel import kept
 
 
 def backward_in_parts(
@@ -62,7 +62,7 @@ def _without_gradient(
 ) -> tuple[Outputs, list[dict[str, Any]]]:
     """The whole batch's outputs, and the random state before each part."""
     states, outputs = [], []
-    with torch.no_grad(), buffers_kept(model), machine.autocast():
+    with torch.no_grad(), kept(model.buffers()), machine.autocast():
         for number, part in enumerate(cut):
             states.append(randomness.state(machine.device))
             outputs.append(model(part, with_prototypes=number == len(cut) - 1))

@@ -71,9 +71,14 @@ def training_loader(settings: Config, splits: Splits, machine: Machine, say: Say
     if settings.data.synthetic_data:
         return SyntheticLoader(reading, machine.device)
     loader = _build(settings, reading, machine)
+    compile_views(settings, loader, machine)
+    return loader
+
+
+def compile_views(settings: Config, loader: Loader, machine: Machine) -> None:
+    """With --compile, those that are made on a GPU."""
     if settings.run.compile and machine.device.type == "cuda" and isinstance(loader, DeviceLoader):
         loader.compile()
-    return loader
 
 
 def balanced_loader(settings: Config, splits: Splits, machine: Machine, say: Say) -> Loader:

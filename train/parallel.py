@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -90,17 +90,17 @@ def _outputs_sum(called: nn.Module, config: Config, machine: Machine) -> torch.T
 @contextmanager
 def _unchanged(model: nn.Module, machine: Machine) -> Iterator[None]:
     """A forward and backward pass inside leaves no trace."""
-    random_state = randomness.state(machine.device)
-    with buffers_kept(model):
+    with randomness.kept(machine.device), kept(model.buffers()):
         yield
     model.zero_grad(set_to_none=True)
-    randomness.restore(random_state, machine.device)
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards BatchNorm's running statistics are as they were."""
-    before = [buffer.clone() for buffer in model.buffers()]
+def kept(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Afterwards they are as they were, like the running statistics of BatchNorm in a model's buffers."""
+    tensors = list(tensors)
+    before = [tensor.detach().clone() for tensor in tensors]
     yield
-    for buffer, value in zip(model.buffers(), before, strict=True):
-        buffer.copy_(value)
+    with torch.no_grad():
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)

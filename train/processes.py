@@ -25,6 +25,8 @@ def joined(device: torch.device, timeout_minutes: float) -> Iterator[None]:
 
     A process that waits for another for longer than the time-out fails. Raises SystemExit without torchrun's variables.
     """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # NCCL, events and graphs are of the current one
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:
         yield
@@ -35,10 +37,7 @@ def joined(device: torch.device, timeout_minutes: float) -> Iterator[None]:
             f"WORLD_SIZE is {started}, for training on several processes, but {', '.join(missing)} is not set: start "
             f"them with torchrun --nproc-per-node {started} train/run.py ..., or unset WORLD_SIZE for one"
         )
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     # torchrun's store outlives a restart, and with it the addresses of the processes that are gone.

@@ -16,7 +16,7 @@ class Progress:
     seconds: float = 0.0
     waiting: float = 0.0  # seconds of them in the loader
     totals: dict[str, float] = field(default_factory=dict)  # of each loss part, times images
-    counted: int = 0  # images in the totals, which lag one step behind
+    counted: int = 0  # images in the totals, which lag some steps behind
 
     def count(self, losses: dict[str, float], images: int) -> None:
         """Add one step's losses, means over so many images."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,14 @@ def state(device: torch.device) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), *position),
     }
+
+
+@contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards."""
+    before = state(device)
+    yield
+    restore(before, device)
 
 
 def restore(saved: dict[str, Any], device: torch.device) -> None:

@@ -54,8 +54,6 @@ def run(settings: Config) -> Path:
     Under torchrun every process calls it, and the main one prints and writes.
     """
     machine = choose_machine(settings.run)
-    if machine.device.type == "cuda" and machine.device.index is not None:
-        torch.cuda.set_device(machine.device)  # events and graphs are of the current device
     with processes.joined(machine.device, settings.run.timeout_minutes), signals.listening() as stopping:
         try:
             return _run(processes.from_main(settings), machine, stopping)

@@ -42,9 +42,10 @@ class StepLosses:
 
     def add(self, losses: dict[str, Tensor], batch: Batch, images: int) -> None:
         """A step's, scalars on the device, and what they are of; reads those that have come."""
-        values = torch.stack([loss.double() for loss in losses.values()]).to("cpu", non_blocking=True)
+        on_gpu = any(loss.is_cuda for loss in losses.values())
+        values = torch.stack([loss.double() for loss in losses.values()]).to("cpu", non_blocking=on_gpu)
         come = None
-        if any(loss.is_cuda for loss in losses.values()):
+        if on_gpu:
             come = torch.cuda.Event(blocking=True)  # the host sleeps: other runs may need its cores
             come.record()
         self._under_way.append(_Step(list(losses), values, come, batch, images))

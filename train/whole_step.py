@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from rcl_fast.train import processes, randomness
+from rcl_fast.train import parallel, processes, randomness
 from rcl_fast.train.config import Config
 from rcl_fast.train.data.device_loader import DeviceLoader
 from rcl_fast.train.data.loader import Batch, Loader
@@ -126,13 +126,8 @@ def unchanged(training: Training) -> Iterator[None]:
         *training.model.buffers(),
         *(state["momentum_buffer"] for state in training.optimizer.state.values()),
     ]
-    random_state = randomness.state(training.machine.device)
-    before = [tensor.detach().clone() for tensor in tensors]
-    yield
-    with torch.no_grad():
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)
-    randomness.restore(random_state, training.machine.device)
+    with randomness.kept(training.machine.device), parallel.kept(tensors):
+        yield
 
 
 @contextmanager
@@ -141,9 +136,11 @@ def _rate(optimizer: SGD, learning_rate: Tensor) -> Iterator[None]:
     numbers = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    yield
-    for group, number in zip(optimizer.param_groups, numbers, strict=True):
-        group["lr"] = number
+    try:
+        yield
+    finally:
+        for group, number in zip(optimizer.param_groups, numbers, strict=True):
+            group["lr"] = number
 
 
 def _compression(training: Training) -> Tensor | None:

@@ -44,11 +44,14 @@ def capture_without_a_gpu(recorded: list[Any]) -> Callable[..., Any]:
     """What `capture` does, but that a replay is the step again, with its losses put where the first ones were."""
 
     def capture(step: Callable[[], dict], training: engine.Training) -> Callable[[], dict]:
+        rate = training.optimizer.param_groups[0]["lr"]
+        assert isinstance(rate, torch.Tensor)  # a number would be the graph's for ever
         with whole_step.unchanged(training):
             losses = step()
         recorded.append(training.epoch)
 
         def replay() -> dict:
+            assert rate.item() == pytest.approx(training.optimizer.param_groups[0]["lr"], rel=1e-6)
             for name, loss in step().items():
                 losses[name].copy_(loss)
             return losses
