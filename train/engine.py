@@ -27,7 +27,7 @@ from rcl_fast.train.logs import Log
 from rcl_fast.train.machine import Machine
 from rcl_fast.train.models import LongTailedClassifier, Outputs
 from rcl_fast.train.objective import LossParts, Objective, compress, has_prototypes, reweights, starts_compression
-from rcl_fast.train.optimization import build_optimizer, build_schedule
+from rcl_fast.train.optimization import build_optimizer, build_schedule, restore
 from rcl_fast.train.progress import Progress
 from rcl_fast.train.signals import Preempted, never
 from rcl_fast.train.step_losses import ADVICE, NonFiniteLoss, StepLosses
@@ -116,7 +116,7 @@ class Training:
         self.objective.load_state_dict(state["objective"])
         if self.objective.contrastive is not None:
             self.objective.contrastive.set_compression(state["compression"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"]:  # empty where the run had no fp16, perhaps on another machine
             self.scaler.load_state_dict(state["scaler"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import SGD
@@ -17,11 +19,30 @@ def build_optimizer(options: OptimizationOptions, model: nn.Module) -> SGD:
     optimizer = SGD(
         parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused
     )
-    for parameter in parameters:
-        # From zero the first step is what it would be without. PyTorch's fused kernel makes the buffers in that step,
-        # and leaves them uninitialised where fp16's scaling skips it; a CUDA graph has no first step at all.
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    _start_momentum(optimizer)
     return optimizer
+
+
+def restore(optimizer: SGD, state: dict[str, Any]) -> None:
+    """Go on from a checkpoint's state; how updates are computed is this machine's affair."""
+    fused = optimizer.defaults["fused"]
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    _start_momentum(optimizer)
+
+
+def _start_momentum(optimizer: SGD) -> None:
+    """Momentum of zero where there is none: the first step is then what it would be without.
+
+    PyTorch's fused kernel makes the buffers in that step, and leaves them uninitialised where fp16's scaling skips it;
+    a CUDA graph has no first step at all.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def build_schedule(options: OptimizationOptions, optimizer: SGD) -> LRScheduler:

@@ -1,5 +1,6 @@
 """Learning rates by epoch, as the recipes say."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from rcl_fast.train.config import OptimizationOptions, recipe
-from rcl_fast.train.optimization import build_optimizer, build_schedule
+from rcl_fast.train.optimization import build_optimizer, build_schedule, restore
 
 
 def rates(options: OptimizationOptions) -> list[float]:
@@ -41,6 +42,49 @@ def test_runs_shorter_than_their_warm_up_work(epochs: int, schedule: str) -> Non
     found = rates(options)
     assert all(0 < rate <= 0.1 + 1e-12 for rate in found)
     assert max(found) == pytest.approx(0.1)
+
+
+def gradients(network: nn.Module, seed: int) -> None:
+    make = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=make)
+
+
+def stepped(optimizer: torch.optim.SGD, network: nn.Module, seeds: range) -> list[torch.Tensor]:
+    for seed in seeds:
+        gradients(network, seed)
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in network.parameters()]
+
+
+def test_momentum_from_zero_is_momentum_from_the_first_step() -> None:
+    options = recipe("cifar100_lt", "bcl").optimization
+    ours, plain = nn.Linear(3, 2), nn.Linear(3, 2)
+    plain.load_state_dict(ours.state_dict())
+    theirs = torch.optim.SGD(
+        plain.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
+    )
+    found = stepped(build_optimizer(options, ours), ours, range(3))
+    assert all(map(torch.equal, found, stepped(theirs, plain, range(3))))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_checkpoint_of_an_unfused_optimizer_goes_on_fused(steps: int) -> None:
+    """As those of before the fused update are: not fused, and without momentum before the first step."""
+    options = recipe("cifar100_lt", "bcl").optimization
+    network, resumed = nn.Linear(3, 2), nn.Linear(3, 2)
+    before = torch.optim.SGD(
+        network.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+    )
+    stepped(before, network, range(steps))
+    optimizer = build_optimizer(options, resumed)
+    resumed.load_state_dict(network.state_dict())
+    restore(optimizer, copy.deepcopy(before.state_dict()))
+    assert [group["fused"] for group in optimizer.param_groups] == [True]
+    assert len(optimizer.state) == 2
+    expected = stepped(before, network, range(steps, steps + 2))
+    for one, other in zip(stepped(optimizer, resumed, range(steps, steps + 2)), expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_every_parameter_decays() -> None:
