@@ -7,7 +7,7 @@
 Each run is `train/run.py` as users start it, so the seconds hold everything: imports, reading images, compilation, each
 epoch's validation and checkpoint, the test and the report. torch.compile keeps what it has compiled on the disk: a row
 says whether an earlier run of this call may have left it there. A seed runs all ways before the next one, for a machine
-that slows down meanwhile to slow all of them; runs at once have the seeds 0, 1, ... and share the GPU as processes do,
+that slows down meanwhile to slow all of them; runs at once have a seed each and share the GPU as processes do,
 in turns, or, with NVIDIA's MPS started beforehand, side by side.
 """
 
@@ -54,7 +54,9 @@ class Options:
     ways: tuple[Way, ...] = ("plain", "compiled", "graph", "graph_compiled")
     """How steps are taken: one operation after the other, with --compile, with --cuda-graph, with both."""
     seeds: int = 3
-    """Seeds 0, 1, ... of each way, one run after the other."""
+    """So many of each way, one run after the other."""
+    first_seed: int = 0
+    """The first of them; the others follow it. To add to rows that are there."""
     at_once: tuple[int, ...] = (1,)
     """How many runs at the same time; more than one: once, with as many seeds."""
     epochs: int | None = None
@@ -82,9 +84,12 @@ def main(options: Options) -> None:
 
 def groups(options: Options) -> list[list[int]]:
     """The seeds that run together."""
-    found = []
+    first, found = options.first_seed, []
     for at_once in options.at_once:
-        found += [[seed] for seed in range(options.seeds)] if at_once == 1 else [list(range(at_once))]
+        if at_once == 1:
+            found += [[seed] for seed in range(first, first + options.seeds)]
+        else:
+            found.append(list(range(first, first + at_once)))
     return found
 
 
