@@ -19,7 +19,7 @@ def build_optimizer(options: OptimizationOptions, model: nn.Module) -> SGD:
     optimizer = SGD(
         parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused
     )
-    _start_momentum(optimizer)
+    _lay_out_momentum(optimizer)
     return optimizer
 
 
@@ -29,20 +29,22 @@ def restore(optimizer: SGD, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         group["fused"] = fused
-    _start_momentum(optimizer)
+    _lay_out_momentum(optimizer)
 
 
-def _start_momentum(optimizer: SGD) -> None:
-    """Momentum of zero where there is none: the first step is then what it would be without.
+def _lay_out_momentum(optimizer: SGD) -> None:
+    """In the parameters' memory layout, as the fused kernel goes by the order of memory; zero where there is none.
 
-    PyTorch's fused kernel makes the buffers in that step, and leaves them uninitialised where fp16's scaling skips it;
-    a CUDA graph has no first step at all.
+    From zero, the first step is what it would be without. That kernel makes the buffers in the first step, and leaves
+    them uninitialised where fp16's scaling skips it; a CUDA graph has no first step at all.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momentum = torch.zeros_like(parameter)
+            if state.get("momentum_buffer") is not None:
+                momentum.copy_(state["momentum_buffer"])
+            state["momentum_buffer"] = momentum
 
 
 def build_schedule(options: OptimizationOptions, optimizer: SGD) -> LRScheduler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -295,24 +296,31 @@ def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: Op
     say(console, "\n".join(render.notes(filled)))
     folder = options.output or options.folder / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / file_name(table, setting)
+    file = folder / file_name(table, setting, options.only)
     write_text(file.with_name(file.name + ".md"), render.as_markdown(filled))
     write_text(file.with_name(file.name + ".json"), json.dumps(render.as_json(filled), indent=2) + "\n")
-    lines = [json.dumps({"not_the_papers_setting": filled.setting, **row}) + "\n" for row in found.values()]
+    rows = {id: {"not_the_papers_setting": filled.setting, **row} for id, row in found.items()}
+    kept = other_seeds(file.with_name(file.name + ".jsonl"), table, setting, options)
+    lines = [json.dumps(row) + "\n" for row in {**kept, **rows}.values()]
     write_text(file.with_name(file.name + ".jsonl"), "".join(lines))
     say(console, f"written: {file}.md, .json and .jsonl")
     if table.name == "figure3":
         _draw(table, entries, render.title(filled), file, console)
 
 
-def file_name(table: Table, setting: Setting) -> str:
-    """What is not the paper's setting has a name of its own."""
-    parts = [table.name, setting.dataset, f"{setting.epochs}epochs" if setting.epochs else None]
-    parts += [
-        f"on_{setting.validate_on}" if setting.validate_on else None,
-        "more" if setting.changes_results() else None,
-    ]
-    return "-".join(part for part in parts if part)
+def file_name(table: Table, setting: Setting, only: Sequence[str]) -> str:
+    """What is not the paper's setting has a name of its own, and so has a part of the table."""
+    changed = {"epochs": f"{setting.epochs}epochs", "validate_on": f"on_{setting.validate_on}", "more": "more"}
+    parts = [text for name, text in changed.items() if setting.changes(table, name)]
+    return "-".join([table.name, *([setting.dataset] if setting.dataset else []), *parts, *(["only"] if only else [])])
+
+
+def other_seeds(file: Path, table: Table, setting: Setting, options: Options) -> Rows:
+    """The rows in `file` of the table's runs, with as many seeds as are there: a call with fewer is to lose none."""
+    before = read_rows([file] if file.is_file() else [])
+    seeds = 1 + max((row["seed"] for row in before.values()), default=-1)
+    wanted = {entry.id for entry in unique(plan(table, setting, dataclasses.replace(options, seeds=seeds)))}
+    return {id: row for id, row in before.items() if id in wanted}
 
 
 def _row(entry: Entry, known: Rows) -> dict[str, Any] | None:

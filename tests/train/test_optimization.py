@@ -1,6 +1,5 @@
 """Learning rates by epoch, as the recipes say."""
 
-import copy
 import dataclasses
 
 import pytest
@@ -47,7 +46,8 @@ def test_runs_shorter_than_their_warm_up_work(epochs: int, schedule: str) -> Non
 def gradients(network: nn.Module, seed: int) -> None:
     make = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=make)
+        # In the weight's layout, as autograd has it.
+        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=make))
 
 
 def stepped(optimizer: torch.optim.SGD, network: nn.Module, seeds: range) -> list[torch.Tensor]:
@@ -79,12 +79,26 @@ def test_a_checkpoint_of_an_unfused_optimizer_goes_on_fused(steps: int) -> None:
     stepped(before, network, range(steps))
     optimizer = build_optimizer(options, resumed)
     resumed.load_state_dict(network.state_dict())
-    restore(optimizer, copy.deepcopy(before.state_dict()))
+    restore(optimizer, before.state_dict())
     assert [group["fused"] for group in optimizer.param_groups] == [True]
     assert len(optimizer.state) == 2
     expected = stepped(before, network, range(steps, steps + 2))
     for one, other in zip(stepped(optimizer, resumed, range(steps, steps + 2)), expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_checkpoint_of_another_memory_layout_goes_on(layout: torch.memory_format) -> None:
+    """The fused kernel goes through a weight and its momentum in the order of memory."""
+    options = recipe("cifar100_lt", "bcl").optimization
+    other = torch.channels_last if layout is torch.contiguous_format else torch.contiguous_format
+    network, resumed = (nn.Conv2d(3, 4, 3).to(memory_format=kind) for kind in (layout, other))  # type: ignore[call-overload]
+    before, after = build_optimizer(options, network), build_optimizer(options, resumed)
+    stepped(before, network, range(2))
+    resumed.load_state_dict(network.state_dict())
+    restore(after, before.state_dict())
+    for one, theirs in zip(stepped(after, resumed, range(2, 4)), stepped(before, network, range(2, 4)), strict=True):
+        torch.testing.assert_close(one, theirs)
 
 
 def test_every_parameter_decays() -> None:

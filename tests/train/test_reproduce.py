@@ -1,13 +1,17 @@
 """The tables as declared, the runs behind them and their names, what is gathered and shown, and one real tiny run."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from rcl_fast.train import reproduce
+from rcl_fast.train import reproduce, status
 from rcl_fast.train.config import parse
 from rcl_fast.train.experiments import clusters, render, results, runs, workers
 from rcl_fast.train.experiments.runs import Run, Setting
@@ -83,6 +87,7 @@ def finish(run: Run, **found: Any) -> None:
         **found,
     }
     (run.folder / "metrics.json").write_text(json.dumps(metrics))
+    status.write(run.folder, "finished")
 
 
 def begin(run: Run) -> None:
@@ -225,6 +230,32 @@ def test_an_interrupted_or_shorter_run_is_not_finished(tmp_path: Path) -> None:
         assert runs.row_of(run) is None
 
 
+def test_a_run_that_failed_after_its_figures_is_not_finished(tmp_path: Path) -> None:
+    run = next(reproduce.unique(plan(options(tmp_path))[1])).run
+    finish(run)
+    (run.folder / "last.pt").touch()
+    status.write(run.folder, "failed")  # as where the disk was full at the report
+    assert runs.state(run) == "half done"
+    assert runs.row_of(run) is None
+
+
+def test_a_half_done_run_goes_on_as_it_is_to_be_computed_now(tmp_path: Path) -> None:
+    """It may have failed in what it was begun with."""
+    given = options(tmp_path, only=("BCL",), dataset="cifar10_lt", seeds=1)
+    table = reproduce.table_of(given.table, given.options)
+
+    def planned(*more: str) -> Run:
+        return next(reproduce.unique(reproduce.plan(table, Setting("cifar10_lt", more=more), given.options))).run
+
+    begin(planned("--cuda-graph", "--compile"))
+    now = runs.command(planned("--compile", "--device", "cpu"))
+    assert now[-4:] == ["--device", "cpu", "--data", str(tmp_path)]
+    assert "--no-cuda-graph" in now
+    assert "--compile" not in now  # as it was
+    resumed = parse(now[2:])
+    assert (resumed.run.cuda_graph, resumed.run.compile, resumed.run.device) == (False, True, "cpu")
+
+
 def test_a_folder_of_other_values_is_not_taken_for_the_run(tmp_path: Path) -> None:
     run = next(reproduce.unique(plan(options(tmp_path))[1])).run
     finish(run)
@@ -358,8 +389,8 @@ def test_a_table_shows_the_paper_beside_ours(tmp_path: Path) -> None:
 def test_options_that_only_say_how_runs_are_computed_leave_the_setting_the_papers() -> None:
     how = Setting(more=("--cuda-graph", "--compile", "--device", "cpu"))
     assert how.words(TABLES["table1"]) == []
-    what = Setting(more=("--cuda-graph", "--batch-size", "128"))
-    assert what.words(TABLES["table1"]) == ["--cuda-graph --batch-size 128"]
+    what = Setting(more=("--cuda-graph", "--lr", "0.1"))
+    assert what.words(TABLES["table1"]) == ["--cuda-graph --lr 0.1"]
     given = reproduce.Options()
     plain, faster, other = (
         {entry.run.key for entry in reproduce.unique(reproduce.plan(TABLES["table1"], setting, given))}
@@ -367,6 +398,39 @@ def test_options_that_only_say_how_runs_are_computed_leave_the_setting_the_paper
     )
     assert plain == faster
     assert plain.isdisjoint(other)
+
+
+@pytest.mark.parametrize(
+    "more", ["--lr 0.1", "--batch-size 64", "--tau 1.3", "--schedule cosine", "--warmup-epochs 3", "--imbalance 20"]
+)
+def test_the_recipe_of_another_data_set_is_another_setting(more: str) -> None:
+    setting = Setting(dataset="cifar100_lt", more=tuple(more.split()))
+    assert setting.words(TABLES["table1"]) == [more]
+    table = runs.adapt(TABLES["table1"], "cifar100_lt")
+    assert reproduce.file_name(table, setting, ()) == "table1-cifar100_lt-more"
+
+
+def test_the_papers_own_values_are_its_setting() -> None:
+    setting = Setting(epochs=200, validate_on="test", more=("--lr", "0.2", "--batch-size", "256"))
+    assert setting.words(TABLES["table1"]) == []
+    assert reproduce.file_name(TABLES["table1"], setting, ()) == "table1"
+
+
+def test_a_call_with_fewer_seeds_or_rows_loses_none(tmp_path: Path) -> None:
+    given = options(tmp_path, dataset="cifar10_lt", only=("LC", "BCL"))
+    for entry in reproduce.unique(plan(given)[1]):
+        finish(entry.run)
+    everything = dataclasses.replace(given.options, only=(), run=False)
+    name = given.options.folder / "tables" / "table1-cifar10_lt"
+    rows = name.with_name(name.name + ".jsonl")
+    call(dataclasses.replace(given, options=everything))
+    before = set(rows.read_text().splitlines())
+    assert len(before) == 4 * 2  # LC, BCL, both also with all else equal, two seeds
+    call(dataclasses.replace(given, options=dataclasses.replace(everything, seeds=1)))
+    assert set(rows.read_text().splitlines()) == before
+    call(dataclasses.replace(given, options=dataclasses.replace(everything, only=("BCL",))))
+    assert set(rows.read_text().splitlines()) == before
+    assert len(name.with_name(name.name + "-only.jsonl").read_text().splitlines()) == 4
 
 
 def test_another_setting_is_marked_and_keeps_away_from_the_real_table(tmp_path: Path) -> None:
@@ -377,14 +441,14 @@ def test_another_setting_is_marked_and_keeps_away_from_the_real_table(tmp_path: 
     assert "NOT THE PAPER'S SETTING: digits_lt in place of the paper's data sets, 2 epochs" in text
     assert "84.3" not in text
     assert table["not_the_papers_setting"] == rows[0]["not_the_papers_setting"]
-    assert (given.options.folder / "tables" / "table1-digits_lt-2epochs.md").exists()
+    assert (given.options.folder / "tables" / "table1-digits_lt-2epochs-only.md").exists()
 
 
 def test_rows_without_runs_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "second_stages_are_built", lambda: False)
     given = options(tmp_path, "table3", only=("RIDE", "Decoupled: cRT", "CE", "best published elsewhere"))
     shown(given)
-    lines = (given.options.folder / "tables" / "table3.md").read_text().splitlines()
+    lines = (given.options.folder / "tables" / "table3-only.md").read_text().splitlines()
     by_label = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("|")}
     assert by_label["RIDE"].count("not in our sources | not built") == 6
     assert by_label["Decoupled: cRT"].count("not in our sources | not built") == 6
@@ -514,6 +578,57 @@ def test_two_calls_do_not_train_one_run_at_once(tmp_path: Path) -> None:
     assert "another process is at it" in meanwhile[0].why
 
 
+def test_a_run_that_outlives_its_queue_keeps_its_folder(tmp_path: Path) -> None:
+    """A queue that is killed can't stop its runs: no second one is to start beside them."""
+    folder = tmp_path / "run"
+    queue = (
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from rcl_fast.train.experiments.workers import Job, run_all\n"
+        "code = 'import pathlib, time; pathlib.Path(sys.argv[1], \"ready\").touch(); time.sleep(600)'\n"
+        "command = [sys.executable, '-c', 'import sys; ' + code, sys.argv[1]]\n"
+        "run_all([Job('run', command, Path(sys.argv[1]), 0)], [{}], Console())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", queue, str(folder)])
+    while not (folder / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    (child,) = [int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and str(folder) in command_line(pid)]
+    try:
+        (failure,) = workers.run_all([job(folder, "")], [{}], quiet()[0])
+        assert "another process is at it" in failure.why
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def command_line(pid: str) -> str:
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_a_folder_that_cannot_be_had_is_said_and_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+
+    def without_locks(file: Any, operation: int) -> None:
+        if "bad" in file.name:
+            raise OSError(errno.ENOLCK, "No locks available")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    (tmp_path / "file").touch()
+    jobs = [job(tmp_path / "bad", ""), job(tmp_path / "file" / "below", ""), job(tmp_path / "good", "")]
+    console, text = quiet()
+    failures = workers.run_all(jobs, [{}], console)
+    assert ["No locks available" in failures[0].why, "Not a directory" in failures[1].why] == [True, True]
+    assert str(tmp_path / "bad") in failures[0].why
+    assert text.getvalue().count("done in") == 1
+
+
 # One real run, of which two tables and a picture are made.
 
 
@@ -521,7 +636,7 @@ def test_a_real_run_gives_a_picture_and_the_next_table_trains_nothing(tmp_path: 
     pytest.importorskip("matplotlib")
     given = options(tmp_path, "figure3", dataset="digits_lt", epochs=1, seeds=1, only=("BCL+RCL",), data=None)
     assert "1 runs: 0 done, 0 half done, 1 to start" in call(given)
-    name = "figure3-digits_lt-1epochs"
+    name = "figure3-digits_lt-1epochs-only"
     written = {path.name for path in (given.options.folder / "tables").iterdir()}
     assert written == {f"{name}.{end}" for end in ("md", "json", "jsonl", "points.json", "svg", "png")}
     points = json.loads((given.options.folder / "tables" / f"{name}.points.json").read_text())
@@ -534,7 +649,7 @@ def test_a_real_run_gives_a_picture_and_the_next_table_trains_nothing(tmp_path: 
     checkpoint.write_bytes(weights)
     assert "1 runs: 1 done, 0 half done, 0 to start" in call(dataclasses.replace(given, table="table5"))
     (row,) = map(
-        json.loads, (given.options.folder / "tables" / "table5-digits_lt-1epochs.jsonl").read_text().splitlines()
+        json.loads, (given.options.folder / "tables" / "table5-digits_lt-1epochs-only.jsonl").read_text().splitlines()
     )
     for features in ("backbone", "head"):
         assert row[f"{features}_calinski_harabasz"] > 0

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
-from rcl_fast.train import checkpoints, config, run
+from rcl_fast.train import checkpoints, config, run, status
 from rcl_fast.train.config import RESUMABLE, Config
 from rcl_fast.train.experiments.tables import Column, Options, Row, Table
 
@@ -38,16 +38,24 @@ class Setting(NamedTuple):
     def words(self, table: Table) -> list[str]:
         """What differs from the paper's setting; empty: nothing."""
         replaced = self.dataset is not None and self.dataset not in _datasets(table)
-        found = [f"{self.dataset} in place of the paper's data sets"] if replaced else []
-        if self.epochs is not None:
-            found.append(f"{self.epochs} epoch{'s' * (self.epochs != 1)}")
-        if self.validate_on is not None:
-            found.append(f"--validate-on {self.validate_on}")
-        return found + ([shlex.join(self.more)] if self.changes_results() else [])
+        found = {
+            "epochs": f"{self.epochs} epoch{'s' * (self.epochs != 1)}",
+            "validate_on": f"--validate-on {self.validate_on}",
+            "more": shlex.join(self.more),
+        }
+        return [f"{self.dataset} in place of the paper's data sets"] * replaced + [
+            text for name, text in found.items() if self.changes(table, name)
+        ]
 
-    def changes_results(self) -> bool:
-        """Whether `more` does: --cuda-graph, for one, only computes the same in another way."""
-        return key(_parsed(self.more)) != key(_parsed(()))
+    def changes(self, table: Table, name: str) -> bool:
+        """Whether that field changes what is computed; --more="--cuda-graph" only changes how."""
+        without = self._replace(**{name: self._field_defaults[name]})
+        return self != without and any(
+            key(_parsed(_arguments(row, column, self))) != key(_parsed(_arguments(row, column, without)))
+            for column in adapt(table, self.dataset).columns
+            for row in table.rows
+            if row.options is not None
+        )
 
 
 class Run(NamedTuple):
@@ -105,18 +113,23 @@ def runs_of(
     """A run a seed, in `folder`; none for a row that has no runs."""
     if row.options is None:
         return []
-    options = {**column.options, **row.options}
-    if options["dataset"].startswith("cifar"):
-        options["validate_on"] = "test"  # CIFAR's published figures are selected there
-    options.update({name: value for name in ("epochs", "validate_on") if (value := getattr(setting, name)) is not None})
-    arguments = (*flags(options), *setting.more)
+    arguments = _arguments(row, column, setting)
     first = _parsed(arguments)
     found = []
     for seed in seeds:
         of_seed = dataclasses.replace(first, run=dataclasses.replace(first.run, seed=seed))
         with_seed = (*arguments, "--seed", str(seed))
-        found.append(Run(with_seed, of_seed, folder / key(of_seed), folder_of_data(data, options["dataset"])))
+        found.append(Run(with_seed, of_seed, folder / key(of_seed), folder_of_data(data, first.data.dataset)))
     return found
+
+
+def _arguments(row: Row, column: Column, setting: Setting) -> tuple[str, ...]:
+    """Of train/run.py, for any seed."""
+    options = {**column.options, **(row.options or {})}
+    if options["dataset"].startswith("cifar"):
+        options["validate_on"] = "test"  # CIFAR's published figures are selected there
+    options.update({name: value for name in ("epochs", "validate_on") if (value := getattr(setting, name)) is not None})
+    return (*flags(options), *setting.more)
 
 
 @cache
@@ -173,7 +186,8 @@ def state(of: Run) -> State:
     if (of.folder / "config.json").is_file():
         check_saved(of)
     results = _read(of.folder / "metrics.json")
-    if results and not results["interrupted"] and results["last_epoch"] == of.config.optimization.epochs:
+    trained = results and not results["interrupted"] and results["last_epoch"] == of.config.optimization.epochs
+    if trained and status.read(of.folder) == "finished":  # with its report: that may have failed after the figures
         return "finished"
     return "half done" if checkpoints.exist(of.folder) else "missing"
 
@@ -201,8 +215,21 @@ def command(of: Run, processes: int = 1) -> list[str]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         start[1:1] = torchrun
     if state(of) == "half done":
-        return [*start, "--resume", str(of.folder), *data]
+        return [*start, "--resume", str(of.folder), *_computed_otherwise(of), *data]
     return [*start, *of.arguments, *data, "--output", str(of.folder)]
+
+
+def _computed_otherwise(of: Run) -> list[str]:
+    """Flags for how a run that was begun is to be computed from now on: it would keep to how it was."""
+    saved, wanted = config.saved_config(of.folder).to_dict(), of.config.to_dict()
+    return flags(
+        {
+            name: wanted[section][name]
+            for section, names in RESUMABLE.items()
+            for name in sorted(names - {"data"})
+            if wanted[section][name] not in (None, saved[section][name])
+        }
+    )
 
 
 def second_stages_are_built() -> bool:
@@ -224,7 +251,8 @@ def _shown(file: Path) -> Path:
 
 
 _KEPT = (
-    *("balanced_accuracy", "harmonic_mean", "many", "medium", "few", "worst_class", "best_epoch", "last_epoch"),
+    *("balanced_accuracy", "harmonic_mean", "geometric_mean", "many", "medium", "few", "worst_class"),
+    *("classes_at_zero", "expected_calibration_error", "best_epoch", "last_epoch"),
     *("last_epoch_balanced_accuracy", "last_epoch_harmonic_mean", "selected_on", "parameters", "images_per_second"),
     *("loader", "device", "processes", "precision"),
 )

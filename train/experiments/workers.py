@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO, NamedTuple
@@ -86,7 +86,7 @@ def run_all(jobs: Sequence[Job], places: Sequence[Slot], console: Console) -> li
     """Run every job, one a place at a time; returns those that failed, whose logs are in their folders.
 
     Raises:
-        Stopped: a signal came (Ctrl-C, SIGTERM, SIGUSR1); the jobs under way got SIGTERM and have ended.
+        Stopped: a signal came (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP); the jobs under way got SIGTERM and have ended.
     """
     if not jobs:
         return []
@@ -106,13 +106,12 @@ def run_all(jobs: Sequence[Job], places: Sequence[Slot], console: Console) -> li
                 raise Stopped(received[0])
             while waiting and free:
                 job = waiting.popleft()
-                started = _start(job, free[0], bar)
-                if started is None:
-                    failures.append(Failure(job, "another process is at it; its result counts when that has ended"))
-                    bar.advance(total)
-                else:
-                    running.append(started)
+                try:
+                    running.append(_start(job, free[0], bar))
                     del free[0]
+                except OSError as error:
+                    failures.append(Failure(job, _why_not_started(job, error)))
+                    bar.advance(total)
             time.sleep(_POLL_SECONDS)
             for one in list(running):
                 bar.update(one.task, completed=_epochs_done(one.job))
@@ -142,7 +141,10 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:
@@ -150,23 +152,34 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _start(job: Job, slot: Slot, bar: Progress) -> _Running | None:
-    """None where another process has the folder."""
+def _start(job: Job, slot: Slot, bar: Progress) -> _Running:
+    """Raises BlockingIOError where another process has the folder, OSError where it can't be written to."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    lock = (job.folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed with this process, however it ends
-    except OSError:
-        lock.close()
-        return None
-    _note_start(job.folder, slot)
-    with (job.folder / LOG).open("ab") as log:
-        # A session of its own: Ctrl-C here must not reach it as one, which would end it instead of saving it.
+    with ExitStack() as undo:
+        lock = undo.enter_context((job.folder / ".lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _note_start(job.folder, slot)
+        log = undo.enter_context((job.folder / LOG).open("ab"))
         process = subprocess.Popen(
-            job.command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **slot}, start_new_session=True
+            job.command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **slot},
+            # A session of its own: Ctrl-C here must not reach it as one, which would end it instead of saving it.
+            start_new_session=True,
+            # The lock is its own, too: where this process is killed, the run goes on, and none is to start beside it.
+            pass_fds=(lock.fileno(),),
         )
+        undo.pop_all()
+    log.close()
     task = bar.add_task(job.label, total=job.epochs or None)
     return _Running(job, process, slot, lock, task, time.monotonic())
+
+
+def _why_not_started(job: Job, error: OSError) -> str:
+    if isinstance(error, BlockingIOError):
+        return "another process is at it; its result counts when that has ended"
+    return f"it could not be started in {job.folder}: {error}"
 
 
 def _note_start(folder: Path, slot: Slot) -> None:
