@@ -5,13 +5,13 @@
 #   bench/gpu.sh OUT                                all but cifar and table1; a failing test stops it
 #   bench/gpu.sh OUT gate|speed|memory|data|step    one part
 #   bench/gpu.sh OUT cifar                          CIFAR-100-LT in whole steps, and whole runs, alone and three at once
-#   bench/gpu.sh OUT table1                         the paper's table 1 there, 3 seeds; the same command goes on
+#   bench/gpu.sh OUT table1                         table 1's CIFAR-100-LT, 3 seeds, 590 s a call: the same one goes on
 #   bench/gpu.sh OUT [PART] --dry-run               any machine: proves this script, keeps no figure
 #
 # OUT gets gate.log, and PART.jsonl of each other part. Set in the environment, where you have them:
 #   BCL=loss/contrastive.py of BCL's repository, SUPCONTRAST=losses.py of SupContrast's: published code to compare with
 #   CIFAR=folder of cifar100_lt, JPEGS=folder of JPEG files below class folders: without them images are made up
-#   PYTHON=python3     WHEELS=folder of `pip download pytest hypothesis 'rcl-fast[train]'`, for an image without them
+#   PYTHON=python3     WHEELS=folder of `pip download pytest hypothesis '.[train]'`, for an image without them
 set -euo pipefail
 
 usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }

@@ -2,7 +2,7 @@
 
     python bench/plot.py bench/results/H100/*.jsonl        to docs/figures/
 
-Needs matplotlib, which nothing else here does: pip install matplotlib.
+Needs matplotlib, which the lock has.
 """
 
 from __future__ import annotations

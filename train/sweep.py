@@ -25,7 +25,7 @@ from rcl_fast.train.engine import NonFiniteLoss
 try:
     import optuna
 except ModuleNotFoundError as error:
-    raise SystemExit("train/sweep.py needs Optuna: pip install 'rcl-fast[sweep]'") from error
+    raise SystemExit("train/sweep.py needs Optuna: pip install '.[sweep]' in rcl_fast's folder") from error
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage

@@ -32,7 +32,8 @@ def choose(reading: Reading, device: torch.device) -> tuple[LoaderName, str | No
     if has_dali() and (device.type != "cpu" or has_numba()):
         return "dali", None
     note = (
-        "--loader auto takes torchvision, which is slower, as {} not installed (pip install 'rcl-fast[dali]', on Linux)"
+        "--loader auto takes torchvision, which is slower, as {} not installed "
+        "(pip install '.[dali]' in rcl_fast's folder, on Linux)"
     )
     if device.type == "cpu":
         return "torchvision", note.format("DALI and Numba are")

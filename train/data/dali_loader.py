@@ -22,7 +22,7 @@ try:
     from nvidia.dali import Pipeline, fn, pipeline_def, types
     from nvidia.dali.data_node import DataNode
 except ImportError as error:
-    raise ImportError("NVIDIA DALI is not installed (pip install 'rcl-fast[dali]', on Linux)") from error
+    raise ImportError("NVIDIA DALI is not installed (pip install '.[dali]' in rcl_fast's folder, on Linux)") from error
 
 from rcl_fast.train.data import dali_operations as graphs
 from rcl_fast.train.data.dali_compiled import compiled_colours

@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from rcl_fast.train import checkpoints, config, loading
+from rcl_fast.train import checkpoints, config, loading, trained
 from rcl_fast.train.config import Config
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.machine import choose_machine
 from rcl_fast.train.models import LongTailedClassifier
-from rcl_fast.train.objective import has_prototypes
 
 
 class Features(NamedTuple):
@@ -32,8 +31,7 @@ def of_test_images(run: Path, checkpoint: str, data: Path | None) -> Features:
     """By the weights of run/checkpoint; a run of one epoch may have no best but the last: the caller names the file."""
     settings = _settings(run, data)
     splits = loading.load(settings, _silent)
-    model = _model(settings, splits)
-    model.load_state_dict(checkpoints.load(run / checkpoint)["model"])
+    model = trained.network(settings, checkpoints.load(run / checkpoint)["model"])
     return _pass(model, settings, splits)
 
 
@@ -45,12 +43,6 @@ def _settings(run: Path, data: Path | None) -> Config:
         settings,
         data=dataclasses.replace(settings.data, data=where),
         run=dataclasses.replace(settings.run, device="auto"),
-    )
-
-
-def _model(settings: Config, splits: Splits) -> LongTailedClassifier:
-    return LongTailedClassifier(
-        settings.model, splits.num_classes, embeds=settings.contrastive, has_prototypes=has_prototypes(settings)
     )
 
 

@@ -1,7 +1,7 @@
 """Each table of the paper, declared: its columns, its rows, the paper's numbers, and the options of our runs.
 
-The numbers are those that this project's sources give (docs/reproduction.md lists them); none is invented: where the
-sources have none, None stands. The layout is ours: the sources give numbers by data set and method, not pages.
+The numbers are the paper's, as far as this project has them (docs/reproduction.md says how); none is invented: where it
+has none, None stands. The layout is ours.
 """
 
 from __future__ import annotations
