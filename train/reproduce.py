@@ -266,6 +266,11 @@ def run_missing(entries: Plan, known: Rows, options: Options, console: Console) 
     failures = workers.run_all([_training(run, options.gpus_per_run) for run in missing], places, console)
     stages = [entry for entry in missing_stages(entries, known) if entry.run.key in mine]
     trained = [entry for entry in stages if runs.state(entry.run) == "finished"]
+    failures += [
+        Failure(_stage(entry), "of its training only the row is here (--rows), not the folder with the checkpoint")
+        for entry in stages
+        if entry not in trained and (entry.run.key, None) in known
+    ]
     return failures + workers.run_all([_stage(entry) for entry in trained], places, console)
 
 

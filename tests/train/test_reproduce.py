@@ -474,6 +474,17 @@ def test_second_stages_run_on_finished_runs_and_give_rows(tmp_path: Path, monkey
     assert rows[0]["second_stage"] == "crt"
 
 
+def test_a_second_stage_on_a_training_that_is_only_a_row_is_said(tmp_path: Path) -> None:
+    given = options(tmp_path, "table3", only=("Decoupled: cRT",), dataset="digits_lt", seeds=1, data=None)
+    _, entries = plan(given)
+    rows = tmp_path / "rows.jsonl"
+    keys = {entry.run.key for entry in reproduce.unique(entries)}
+    rows.write_text("".join(json.dumps({"key": key, "second_stage": None, "seed": 0}) + "\n" for key in keys))
+    failures = reproduce.run_missing(entries, reproduce.read_rows([rows]), given.options, quiet()[0])
+    assert len(failures) == len(keys)
+    assert all("only the row is here" in failure.why for failure in failures)
+
+
 def test_the_groups_of_the_compression_rule_are_read_from_what_the_run_said(tmp_path: Path) -> None:
     run = next(reproduce.unique(plan(options(tmp_path, "compression", only=("failing 2, rest 1",)))[1])).run
     finish(run)
