@@ -128,7 +128,7 @@ cifar() {
   if bring pytest hypothesis; then  # a graph that no test has compared is not worth a figure
     timeout 270 "${PYTEST[@]}" -q -m gpu ${DRY:+--collect-only} tests/train/test_whole_step.py
   fi
-  timeout 120 "$PYTHON" bench/cifar.py --ways plain graph_compiled --seeds 1 --epochs 5 \
+  timeout 200 "$PYTHON" bench/cifar.py --ways plain graph_compiled --seeds 1 --epochs 5 \
     ${CIFAR:+--data "$CIFAR"} --output "$OUT/cifar.jsonl" $DRY
   timeout 400 "$PYTHON" bench/cifar.py --ways graph_compiled --seeds 1 --at-once 1 3 \
     ${CIFAR:+--data "$CIFAR"} --output "$OUT/cifar.jsonl" $DRY
