@@ -214,7 +214,8 @@ class _WeightedLoss(torch.autograd.Function):
             # Without a key the sum is 0 and so is the weight: the clamp turns 0 · log 0 into 0.
             sums = sums.clamp(min=torch.finfo(sums.dtype).tiny)
             weight = weights[chunk, None]
-            total += (weight * (sums.log() + pivots)).sum()
+            # Not in place: PyTorch 2.11 compiles a zero gradient for a result that its forward pass changed in place.
+            total = total + (weight * (sums.log() + pivots)).sum()
             gradients = exponentials.mul_(weight.to(sums.dtype) / (sums * tiling.temperature))  # w_i p_ik / T
             to_anchors, to_prototypes = gradients[:, :N], gradients[:, N:]
             if for_anchors is not None:
@@ -226,7 +227,7 @@ class _WeightedLoss(torch.autograd.Function):
         classes = ranks(labels)
         positives = _positive_sums(anchors, prototypes, labels, classes)
         shares = weights / positive_scale  # of each positive's similarity in the total
-        total -= (shares * row_products(anchors, positives).squeeze(1)).sum()
+        total = total - (shares * row_products(anchors, positives).squeeze(1)).sum()
         shares = shares.to(anchors.dtype)[:, None]
         _subtract_positives(for_anchors, for_prototypes, anchors, positives, shares, labels, classes, N)
         ctx.save_for_backward(for_anchors, for_prototypes)
@@ -260,12 +261,12 @@ class _LogSumExp(torch.autograd.Function):
 
 def _log_sum_exp(tiling: _Tiling) -> Tensor:
     """lse_i of the anchors that are wanted."""
-    log_sum_exp = tiling.key_log_weights.new_empty(tiling.anchors_wanted)
+    chunks = [tiling.key_log_weights.new_empty(0)]  # there may be no anchor
     for chunk in tiling.chunks():
         logits = tiling.logits(chunk, tiling.key_log_weights)
         _, pivots, sums = _exponentials(logits)
-        log_sum_exp[chunk] = (sums.log() + pivots).squeeze(1)
-    return log_sum_exp
+        chunks.append((sums.log() + pivots).squeeze(1))
+    return torch.cat(chunks)  # not written in place: see _WeightedLoss.forward
 
 
 def _log_sum_exp_gradients(log_sum_exp: Tensor, upstream: Tensor, tiling: _Tiling) -> tuple[Tensor, Tensor]:
