@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.9
 
-.PHONY: train test test-latest check types lock bench
+.PHONY: train test test-latest test-gpu-stack rehearse check types lock bench
 
 train: .venv/installed
 	$(BIN)/python train/run.py $(ARGS)
@@ -18,14 +18,22 @@ test-latest:
 	@.venv-latest/bin/uv pip install --quiet --python .venv-latest/bin/python --upgrade torch torchvision triton --editable '.[dev]'
 	.venv-latest/bin/python -m pytest tests/rcl_fast tests/kernels $(ARGS)
 
+# The same with the packages of a rented GPU machine (bench/gpu_stack.txt), uninstalled as there.
+test-gpu-stack: .venv-gpu-stack/installed
+	@bench/import_tree.sh build/import
+	PYTHONPATH=build/import .venv-gpu-stack/bin/pytest tests/rcl_fast tests/kernels $(ARGS)
+
+# All that a GPU machine would be asked, on this one without its GPU: bench/README.md.
+rehearse: .venv/installed .venv-gpu-stack/installed
+	bench/rehearse.sh $(ARGS)
+
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 # The type checker sees the packages under the names that users import: rcl_fast, rcl_fast.kernels, rcl_fast.train.
 types: .venv/installed
-	@rm -rf build/types && mkdir -p build/types/rcl_fast
-	@ln -s $(addprefix ../../../,$(wildcard rcl_fast/* kernels train)) build/types/rcl_fast/
+	@bench/import_tree.sh build/types
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p rcl_fast
 
 bench: .venv/installed
@@ -44,4 +52,11 @@ lock: .venv/installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+.venv-gpu-stack/installed: bench/gpu_stack.txt .venv/installed
+	@$(BIN)/uv venv --quiet --clear --seed --python 3.12 --no-python-downloads .venv-gpu-stack \
+		|| { echo "no Python 3.12 here: $$($(PYTHON) --version) takes its place"; \
+			$(BIN)/uv venv --quiet --clear --seed --python $(PYTHON) .venv-gpu-stack; }
+	@$(BIN)/uv pip install --quiet --python .venv-gpu-stack/bin/python -r bench/gpu_stack.txt
 	@touch $@
