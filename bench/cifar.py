@@ -24,11 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
-from gpu_loss import describe
 from rich.console import Console
 from rich.table import Table
+from rows import append
 
 from rcl_fast.train import run
 
@@ -63,10 +62,12 @@ class Options:
     """Epochs; None: the recipe's."""
     more: str = ""
     """Any other options of train/run.py, the same for all runs."""
+    keep: Path | None = None
+    """Folder in which the runs stay, in WAY-SEED; None: they are deleted once their figures are read."""
     output: Path | None = None
     """File of JSON lines to append the rows to."""
     dry_run: bool = False
-    """Two epochs of handwritten digits, without CUDA graphs, and no rows kept: proves the script."""
+    """Two epochs of handwritten digits, without CUDA graphs, and rows that say so: proves the script."""
 
 
 def main(options: Options) -> None:
@@ -76,9 +77,7 @@ def main(options: Options) -> None:
     for seeds in groups(options):
         for way in options.ways:
             rows.append(measured(way, seeds, options, is_first=all(row["way"] != way for row in rows)))
-            if options.output is not None and not options.dry_run:  # now, for the next run may be stopped
-                with options.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+            append(options.output, rows[-1:], options.dry_run)
     Console(width=110).print(table(rows))
 
 
@@ -95,8 +94,8 @@ def groups(options: Options) -> list[list[int]]:
 
 def measured(way: Way, seeds: list[int], options: Options, is_first: bool) -> dict[str, Any]:
     """A run of each seed, all started together. Raises SystemExit where one fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        folders = [Path(folder) / str(seed) for seed in seeds]
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [(options.keep or Path(temporary)) / f"{way}-{seed}" for seed in seeds]
         began = time.perf_counter()
         processes = [start(way, seed, into, options) for seed, into in zip(seeds, folders, strict=True)]
         statuses = [process.wait() for process in processes]
@@ -119,7 +118,7 @@ def measured(way: Way, seeds: list[int], options: Options, is_first: bool) -> di
         "epochs": found[0]["last_epoch"],
         "options": options.more,
         "precision": found[0]["precision"],
-        **describe(torch.device(found[0]["device"])),
+        "device": found[0]["device"],
     }
     print(f"{way}, {len(seeds)} at once: {seconds:.0f} s", flush=True)
     return row
@@ -130,6 +129,7 @@ def start(way: Way, seed: int, folder: Path, options: Options) -> subprocess.Pop
     arguments += [] if options.data is None else ["--data", str(options.data), "--validate-on", "test"]
     arguments += [] if options.epochs is None else ["--epochs", str(options.epochs)]
     command = [sys.executable, run.__file__, *arguments, *FLAGS[way], *shlex.split(options.more)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".log").open("wb") as log:
         return subprocess.Popen([*command, "--output", str(folder)], stdout=log, stderr=subprocess.STDOUT)
 

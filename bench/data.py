@@ -13,7 +13,6 @@ three views.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -24,13 +23,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import machine
 import numpy as np
 import torch
 import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rows import append
 
 from rcl_fast.train import config, engine
 from rcl_fast.train.data.choice import LoaderName, build, has_dali
@@ -82,10 +81,8 @@ def main(options: Options) -> None:
         for case in cases(options, Path(folder)):
             rows = (trainer_rows if options.train else loader_rows)(case, options)
             console.print(table(case, rows))
-            if options.output is not None and not options.dry_run:
-                with options.output.open("a", encoding="utf-8") as file:
-                    common = {"case": case.name, "part": "trainer" if options.train else "loaders"}
-                    file.writelines(json.dumps({**common, **row, **machine.describe()}) + "\n" for row in rows)
+            common = {"case": case.name, "part": "trainer" if options.train else "loaders"}
+            append(options.output, [{**common, **row} for row in rows], options.dry_run)
 
 
 def cases(options: Options, folder: Path) -> Iterator[Case]:

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import cases
-import machine
 import torch
 import tyro
 from cases import TEMPERATURE, Case, Inputs
 from rich.console import Console
 from rich.table import Table
+from rows import append
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_gather
 from torch.multiprocessing import get_context
@@ -114,9 +114,7 @@ def main(options: Options) -> None:
     for world in worlds:
         rows = measure(world, options)
         Console().print(table(world, rows))
-        if options.output is not None and not options.dry_run:
-            with options.output.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({**row, **machine.describe()}) + "\n" for row in rows)
+        append(options.output, rows, options.dry_run)
 
 
 def measure(world: int, options: Options) -> list[dict[str, Any]]:

@@ -1,14 +1,17 @@
 """Time and memory of the loss on a CUDA GPU, forward and backward: our backends, published code, and the limit.
 
-    python bench/gpu_loss.py speed  --output FILE      microseconds a call, eager and in a CUDA graph
-    python bench/gpu_loss.py memory --output FILE      peak increase of the allocated memory
+    python bench/gpu_loss.py speed   --output FILE     microseconds a call, eager and in a CUDA graph
+    python bench/gpu_loss.py profile --output FILE     microseconds and launches of each kernel of a call
+    python bench/gpu_loss.py memory  --output FILE     peak increase of the allocated memory
+    ... --case largest                                 one case alone; a million anchors take part when they are named
     ... --bcl BCL/loss/contrastive.py --supcontrast SupContrast/losses.py      with the peers' own files
     ... --dry-run                                      tiny cases, on the CPU where there is no GPU: proves the script
 
 It needs PyTorch and rcl_fast, nothing else; pytorch-metric-learning takes part where it is installed. Every variant is
 warm before anything is timed; each round runs every variant once; inputs rotate through more memory than the L2 cache
 has; figures are medians of the rounds. No figure comes from a wrong result: first our gradients are compared with
-float64's.
+float64's, and a variant that is wrong is a row without a time, and exit status 1. The cases come by what they are
+worth, each written when it is done, so that a call that is stopped has the first ones.
 
 SupContrast and pytorch-metric-learning compute the plain loss, without prototypes, on the same anchors: less work.
 """
@@ -18,17 +21,14 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import machine
 import torch
 from cases import (
     Case,
@@ -43,22 +43,26 @@ from cases import (
     supcontrast,
     synchronize,
 )
+from rows import append
 
 OURS = ("triton", "tiled", "dense", "dense, compiled")
 TILED_OPERATIONS = 5e13  # beyond, `tiled` takes many seconds a call
+COMPILED_ANCHORS = 512  # up to which `dense` is compiled too: larger ones tell no more for half a minute each
+GRAPH_AT_MOST = 0.05  # seconds of a call; a longer one keeps the GPU busy by itself
+PROFILED_CALLS = 5
 COPIES = 1024  # sets of inputs at most
 GRAPH_SECONDS = 0.05  # of one replay, about
 ROUND_SECONDS = 0.02  # of one variant's turn, about: eager calls are too short to time one by one
 
 
+LARGEST = Case("largest", 1048576, 1000, 128)  # seconds a call
 CASES = (
     Case("CIFAR batch", 512, 100, 128),
     Case("ImageNet-LT batch", 512, 1000, 1024),
     Case("iNaturalist batch", 512, 8142, 1024),
     Case("large, narrow", 16384, 1000, 128),
-    Case("large, wide", 16384, 1000, 1024),
     Case("very large", 131072, 1000, 128),
-    Case("largest", 1048576, 1000, 128),
+    Case("large, wide", 16384, 1000, 1024),
 )
 TINY_CASES = (Case("tiny", 32, 5, 16), Case("tiny, wide", 32, 11, 320))
 
@@ -73,7 +77,7 @@ class Peers(NamedTuple):
 def variants(case: Case, peers: Peers, device: torch.device) -> dict[str, Loss]:
     """Ours first; the peers behind, as one that fails may leave the device in a bad state."""
     found = {backend: ours(backend) for backend in available_backends(device)}
-    if device.type == "cuda":
+    if device.type == "cuda" and case.anchors <= COMPILED_ANCHORS:
         found["dense, compiled"] = torch.compile(found["dense"], dynamic=False)
     if peers.bcl is not None:
         found["BCL's BalSCL"] = published_bcl(peers.bcl, case.classes)
@@ -110,13 +114,14 @@ def gradient_error(loss: Loss, inputs: Inputs) -> float:
 
 
 def check(name: str, loss: Loss, case: Case, inputs: Inputs) -> float | None:
-    """Our variants' error, which must be rounding; None for a peer, another loss or beyond the float32 oracle."""
+    """Our variants' error; None for a peer, another loss or beyond the float32 oracle.
+
+    Raises ArithmeticError where it is more than rounding.
+    """
     if name in OURS and case.operations < TILED_OPERATIONS:
         error = gradient_error(loss, inputs)
         if not error < 4 * torch.finfo(inputs.features.dtype).eps:
-            raise SystemExit(
-                f"{case.name}: {name} is wrong, relative error of a gradient {error:.1e}; nothing is timed"
-            )
+            raise ArithmeticError(f"wrong: a gradient's relative error is {error:.1e}")
         return error
     return None
 
@@ -140,6 +145,8 @@ class Eager:
         self.calls = 1
         for _ in range(3):  # compile, and fill the allocator's pool
             seconds = self.time()
+            if seconds > 1:
+                break
         self.calls = max(1, min(len(sets), int(ROUND_SECONDS / seconds)))
 
     def time(self) -> float:
@@ -191,8 +198,11 @@ def prepare(name: str, loss: Loss, case: Case, sets: list[Inputs], device: torch
     yield known, eager
     if device.type != "cuda" or name not in OURS:
         return  # the peers copy from the host in each call, which a graph cannot hold
+    seconds = eager.time()
+    if seconds > GRAPH_AT_MOST:
+        return
     try:
-        yield {**known, "regime": "graph"}, Graph(loss, sets, eager.time())
+        yield {**known, "regime": "graph"}, Graph(loss, sets, seconds)
     except RuntimeError as error:
         yield {**known, "regime": "graph", "error": _first_line(error)}, None
 
@@ -212,13 +222,14 @@ def speed(
     timed = [(known, timer, []) for known, timer in prepared if timer is not None]
     end = time.perf_counter() + seconds
     rounds = 0
-    while rounds < 3 or (rounds < 50 and time.perf_counter() < end):
+    while rounds < 2 or (rounds < 50 and time.perf_counter() < end):
         for _, timer, taken in timed:
             taken.append(timer.time())
         rounds += 1
     rows = [
         {
             **known,
+            **(tiles(case, device, dtype) if known["variant"] == "triton" else {}),
             **spread(taken),
             "calls_a_round": timer.calls,
             "rounds": rounds,
@@ -230,6 +241,40 @@ def speed(
     limit = {"variant": "limit: the products at the measured peak", "regime": "graph"}
     rows.append({**limit, "microseconds": 1e6 * case.operations / peak, "share_of_peak": 1.0})
     return rows + [known for known, timer in prepared if timer is None]
+
+
+def tiles(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The tiles that the kernels take in a case: those of the anchors' passes."""
+    from rcl_fast.kernels import configs, launch
+
+    arch, kind = configs.architecture(device), configs.kind_of(dtype, configs.architecture(device))
+    width, keys = launch.packed_width(case.dimensions), case.anchors + case.classes
+    second = "backward" if configs.in_registers(arch, kind, width) else "weights"
+    return {
+        "tiles": {name: configs.choose(name, arch, kind, width, case.anchors, keys) for name in ("forward", second)}
+    }
+
+
+def profile(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Each kernel of a call of the fastest backend, the longest first; on a CPU each operation."""
+    inputs = draw(case, device, dtype)
+    name = available_backends(device)[0]
+    loss = ours(name)
+    for _ in range(3):
+        run(loss, inputs)
+    synchronize(device)
+    activity = torch.profiler.ProfilerActivity
+    activities = [activity.CUDA if device.type == "cuda" else activity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiled:
+        for _ in range(PROFILED_CALLS):
+            run(loss, inputs)
+        synchronize(device)
+    on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    taken = [(event.key, getattr(event, on_device), event.count) for event in profiled.key_averages()]
+    for kernel, microseconds, launches in sorted(taken, key=lambda one: -one[1]):
+        if microseconds:
+            each = {"microseconds": microseconds / PROFILED_CALLS, "launches": launches / PROFILED_CALLS}
+            yield {"variant": name, "kernel": kernel[:120], **each}
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -317,31 +362,16 @@ def peak_increases(loss: Loss, inputs: Inputs, device: torch.device) -> tuple[fl
     return forward / 1e6, (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Machine, driver, versions and commit."""
-    found: dict[str, Any] = {**machine.describe(), "device": device.type, "cuda": torch.version.cuda}
-    spec = importlib.util.find_spec("triton")
-    if spec is not None:
-        import triton
-
-        found["triton"] = triton.__version__
-    if device.type == "cuda" and torch.version.hip is None:
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-        if answer:
-            found["driver"], found["clock"], found["power"] = (part.strip() for part in answer[0].split(","))
-    return found
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("speed", "memory"))
+    parser.add_argument("part", choices=("speed", "profile", "memory"))
     parser.add_argument("--output", type=Path, help="file of JSON lines to append the rows to")
     parser.add_argument("--bcl", type=Path, help="loss/contrastive.py of BCL's repository")
     parser.add_argument("--supcontrast", type=Path, help="losses.py of SupContrast's repository")
-    parser.add_argument("--case", choices=[case.name for case in CASES], action="append", help="default: all")
+    every = [case.name for case in (*CASES, LARGEST)]
+    parser.add_argument("--case", choices=every, action="append", help=f"default: all but {LARGEST.name}")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing a case, warming up not counted")
-    parser.add_argument("--dry-run", action="store_true", help="tiny cases, on any machine; no figure of it is kept")
+    parser.add_argument("--dry-run", action="store_true", help="tiny cases, on any machine; the rows say so")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.dry_run:
         raise SystemExit("no CUDA device here: --dry-run proves the script; python bench/loss.py is for CPUs")
@@ -352,34 +382,37 @@ def main(arguments: list[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cpu" or torch.cuda.is_bf16_supported() else torch.float16
     peers = Peers(options.bcl, options.supcontrast)
-    cases = TINY_CASES if options.dry_run else [c for c in CASES if options.case is None or c.name in options.case]
-    machine_row = describe(device)
+    named = CASES if options.case is None else [case for case in (*CASES, LARGEST) if case.name in options.case]
+    failed = False
 
     def write(case: str, rows: list[dict[str, Any]]) -> None:
         print(f"\n{case}\n{table(rows)}", flush=True)
-        if options.output is not None and not options.dry_run:
-            with options.output.open("a", encoding="utf-8") as file:
-                common = {"part": options.part, "case": case, "dtype": str(dtype).removeprefix("torch.")}
-                file.writelines(json.dumps({**common, **row, **machine_row}) + "\n" for row in rows)
+        common = {"part": options.part, "case": case, "dtype": str(dtype).removeprefix("torch."), "device": device.type}
+        append(options.output, [{**common, **row} for row in rows], options.dry_run)
 
-    peak = measured_peak(device, dtype)
     if options.part == "speed":
+        peak = measured_peak(device, dtype)
         write("limits", [{"variant": "limit: matrix products", "tflops": peak / 1e12}, *empty_launch(device)])
-    for case in cases:
+    for case in TINY_CASES if options.dry_run else named:
         if options.part == "speed":
             rows = speed(case, peers, device, dtype, 0.1 if options.dry_run else options.seconds, peak)
+        elif options.part == "profile":
+            rows = list(profile(case, device, dtype))
         else:
             rows = list(memory(case, peers, device, dtype))
+        failed |= any("error" in row and row["variant"] in OURS for row in rows)
         sizes = {"anchors": case.anchors, "classes": case.classes, "dimensions": case.dimensions}
         write(case.name, [{**sizes, **row} for row in rows])
         torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return 0
+    return int(failed)
 
 
 HEADINGS = {
+    "kernel": "kernel",
+    "launches": "launches",
     "regime": "regime",
     "microseconds": "µs",
     "microseconds_p20": "p20",

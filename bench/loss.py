@@ -10,7 +10,6 @@ peak increase of the process over its inputs, each variant in a process of its o
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import statistics
 import time
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import gpu_loss
-import machine
 import torch
 import tyro
 from cases import Case, Inputs, Loss, draw, ours, published_bcl, run
 from rich.console import Console
 from rich.table import Table
+from rows import append
 
 CASES = [
     Case("ImageNet-LT batch", 512, 1000, 1024),
@@ -63,9 +62,7 @@ def main(options: Options) -> None:
     for case in CASES:
         rows = measure(case, options)
         console.print(table(case, rows))
-        if options.output is not None:
-            with options.output.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"case": str(case), **row, **machine.describe()}) + "\n" for row in rows)
+        append(options.output, [{"case": str(case), **row} for row in rows])
 
 
 def variants(case: Case, peer: Path | None) -> dict[str, Callable[[Inputs], Any]]:

@@ -14,8 +14,8 @@ Every loop meets noise, the same batch again and again on the device, and then i
 step's can be told apart; ours is compared with the plain loop on the same kind. Everything is warm before anything is
 timed; a round runs each variant once, over whole epochs of --steps steps; figures are medians of the rounds. On a GPU
 each turn begins with a step that is not counted, as the allocator's pool was another variant's. A step touches far more
-memory than any cache holds: inputs need no rotation. What does not fit in the GPU's memory is halved until it does,
-and its row says so.
+memory than any cache holds: inputs need no rotation. A variant that does not fit in the GPU's memory is a row without
+figures: a smaller --batch-size is then one for all.
 
 The loss is timed by itself, forward and backward, on the step's own embeddings and prototypes, waiting for the device
 each time: an upper bound, as within a step a GPU would hide the host's work. The cross-entropy side is not in it.
@@ -30,7 +30,6 @@ Two limits, of no algorithm but of the machine:
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import statistics
@@ -47,9 +46,10 @@ import torch
 import tyro
 from cases import synchronize
 from data import Case, an_epoch, made_up, reading, repeated, spread
-from gpu_loss import describe, measured_peak
+from gpu_loss import measured_peak
 from rich.console import Console
 from rich.table import Table
+from rows import append
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -114,13 +114,12 @@ class Variant(NamedTuple):
     images: str  # NOISE, or the name of the loader
     loader: Loader
     first: Loader  # one step on noise
-    batch_size: int  # what fits
     loss: Callable[[], None]  # the contrastive loss alone, forward and backward
     memory: float | None  # MB
 
-    @property
-    def name(self) -> str:
-        return f"{self.loop.name}, {self.images}{'' if self.images == NOISE else ' loader'}"
+
+def name_of(loop: Loop, images: str) -> str:
+    return f"{loop.name}, {images}{'' if images == NOISE else ' loader'}"
 
 
 def main(options: Options) -> None:
@@ -133,11 +132,8 @@ def main(options: Options) -> None:
         case, splits = build_case(options, Path(folder))
         rows = measure(case, splits, options)
     Console(width=130).print(table(case, rows))
-    if options.output is not None and not options.dry_run:
-        common = {"case": case.name, "arch": options.arch, "views": 3, "steps": options.steps}
-        about = describe(torch.device(rows[0]["device"]))
-        with options.output.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**common, **row, **about}) + "\n" for row in rows)
+    common = {"case": case.name, "arch": options.arch, "views": 3, "steps": options.steps}
+    append(options.output, [{**common, **row} for row in rows], options.dry_run)
 
 
 def build_case(options: Options, folder: Path) -> tuple[Case, Splits]:
@@ -161,25 +157,43 @@ def build_case(options: Options, folder: Path) -> tuple[Case, Splits]:
 
 
 def measure(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]:
-    variants = [
-        prepared(loop, images, case, options) for loop, kinds in loops(case, splits, options) for images in kinds
-    ]
+    variants, too_large = prepared(case, splits, options)
     print(f"everything is warm; {options.rounds} rounds of {len(variants)} variants", flush=True)
     rates: list[list[float]] = [[] for _ in variants]
     losses: list[list[float]] = [[] for _ in variants]
     for number in range(1, options.rounds + 1):
         for variant, rate, loss in zip(variants, rates, losses, strict=True):
             seconds = turn(variant, number)
-            rate.append(variant.batch_size * options.steps / seconds)
+            rate.append(case.batch_size * options.steps / seconds)
             loss += loss_seconds(variant)
     bounds = limits(case, splits, options)
     bound = min(row["images_per_second"] for row in bounds)
-    rows = [describe_variant(*each) for each in zip(variants, rates, losses, strict=True)]
+    rows = [describe_variant(*each, case.batch_size) for each in zip(variants, rates, losses, strict=True)]
     for row in rows:
         row["rounds"] = options.rounds
-        row["times_plain"] = row["images_per_second"] / peer_of(row, rows)["images_per_second"]
+        peer = peer_of(row, rows)
+        row["times_plain"] = None if peer is None else row["images_per_second"] / peer["images_per_second"]
         row["share_of_limit"] = row["images_per_second"] / bound
-    return [*rows, *({**row, "device": rows[0]["device"]} for row in bounds)]
+    return [*rows, *({**row, "device": rows[0]["device"]} for row in (*too_large, *bounds))]
+
+
+def prepared(case: Case, splits: Splits, options: Options) -> tuple[list[Variant], list[dict[str, Any]]]:
+    """The variants, warm, and a row for each that does not fit in the GPU's memory. Raises SystemExit if none does."""
+    variants: list[Variant] = []
+    too_large: list[dict[str, Any]] = []
+    for loop, kinds in loops(case, splits, options):
+        for images in kinds:
+            try:
+                variants.append(warm(loop, images, case, options))
+            except torch.OutOfMemoryError as error:
+                name = name_of(loop, images)
+                print(f"{name}: too large for the GPU's memory", flush=True)
+                too_large.append({"variant": name, "batch_size": case.batch_size, "error": str(error)[:200]})
+                loop.training.optimizer.zero_grad()
+                release(loop.training.machine.device)
+    if not variants:
+        raise SystemExit(f"--batch-size {case.batch_size}: no variant fits in the GPU's memory; take a smaller one")
+    return variants, too_large
 
 
 def loops(case: Case, splits: Splits, options: Options) -> Iterator[tuple[Loop, list[str]]]:
@@ -261,20 +275,6 @@ class Again:
             yield dict(self.batch)
 
 
-def prepared(loop: Loop, images: str, case: Case, options: Options) -> Variant:
-    """Warm, and at the largest batch that fits: the case's, or halved until it does."""
-    while True:
-        try:
-            return warm(loop, images, case, options)
-        except torch.OutOfMemoryError:
-            if case.batch_size < 8:
-                raise
-        size = case.batch_size // 2
-        case = case._replace(batch_size=size, samples=repeated(case.samples, options.steps * size))
-        loop.training.optimizer.zero_grad()
-        release(loop.training.machine.device)
-
-
 def warm(loop: Loop, images: str, case: Case, options: Options) -> Variant:
     training, what = loop.training, reading(case)
     device = training.machine.device
@@ -292,7 +292,7 @@ def warm(loop: Loop, images: str, case: Case, options: Options) -> Variant:
         memory = None if loop.is_graph else peak_increase(loop, first)
         loss = loss_alone(training, first.batch)
         loss()
-    return Variant(loop, images, loader, first, case.batch_size, loss, memory)
+    return Variant(loop, images, loader, first, loss, memory)
 
 
 def peak_increase(loop: Loop, first: Loader) -> float | None:
@@ -361,30 +361,30 @@ def loss_seconds(variant: Variant) -> list[float]:
     return taken[1:]
 
 
-def describe_variant(variant: Variant, rates: list[float], losses: list[float]) -> dict[str, Any]:
+def describe_variant(variant: Variant, rates: list[float], losses: list[float], batch_size: int) -> dict[str, Any]:
     training = variant.loop.training
     settings, machine = training.config, training.machine
     loss = statistics.median(losses)
     return {
-        "variant": variant.name,
+        "variant": name_of(variant.loop, variant.images),
         "images": variant.images,
         "device": machine.device.type,
         "precision": machine.precision,
         "channels_last": settings.run.channels_last,
         "compiled": settings.run.compile,
         "backend": settings.loss.backend,
-        "batch_size": variant.batch_size,
+        "batch_size": batch_size,
         **spread(rates),
         "loss_milliseconds": 1e3 * loss,
-        "loss_share": loss * statistics.median(rates) / variant.batch_size,
+        "loss_share": loss * statistics.median(rates) / batch_size,
         "step_mb": variant.memory,
     }
 
 
-def peer_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plain loop on the same kind of images: noise, or a loader's."""
-    on_noise = row["images"] == NOISE
-    return next(peer for peer in rows if (peer["images"] == NOISE) == on_noise)
+def peer_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The plain loop on the same kind of images, noise or a loader's; None where it did not fit."""
+    peers = (peer for peer in rows if peer["variant"].startswith("plain loop,"))
+    return next((peer for peer in peers if (peer["images"] == NOISE) == (row["images"] == NOISE)), None)
 
 
 def limits(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]:
@@ -477,11 +477,14 @@ def table(case: Case, rows: list[dict[str, Any]]) -> Table:
         if row["variant"].startswith("limit"):
             shown.add_row(f"{row['variant']} ({row['precision']})", f"{row['images_per_second']:,.1f}")
             continue
+        if "error" in row:
+            shown.add_row(row["variant"], "too large")
+            continue
         shown.add_row(
             f"{row['variant']} ({row['precision']})",
             f"{row['images_per_second']:,.1f}",
             f"{row['images_per_second_p20']:,.1f} to {row['images_per_second_p80']:,.1f}",
-            f"{row['times_plain']:.2f}",
+            "–" if row["times_plain"] is None else f"{row['times_plain']:.2f}",
             f"{row['share_of_limit']:.0%}",
             f"{row['loss_share']:.1%}",
             f"{row['loss_milliseconds']:.2f}",

@@ -10,14 +10,13 @@ if their views are drawn alike; a training run's accuracy, with its seeds, shows
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 import tyro
+from rows import append
 from torch.nn import functional as F
 
 from rcl_fast.train import checkpoints, config, engine, loading
@@ -51,9 +50,7 @@ def main(options: Options) -> None:
     rows = [row for name in options.loaders for row in seen(training, splits, name, options.epoch)]
     for line in table(rows, options.loaders[-1]):
         print(line)
-    if options.output is not None:
-        with options.output.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**row, **machine.describe()}) + "\n" for row in rows)
+    append(options.output, rows)
 
 
 @torch.no_grad()

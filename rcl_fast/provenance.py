@@ -25,7 +25,9 @@ def describe() -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """The commit of the working tree, marked where the tree differs from it."""
+    """The commit of the working tree, marked where the tree differs from it; a copy without git has RCL_COMMIT."""
+    if "RCL_COMMIT" in os.environ:
+        return os.environ["RCL_COMMIT"]
     here = Path(__file__).resolve().parent  # bench/gpu.sh imports it by way of a link
     show = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     found = subprocess.run(show, cwd=here, capture_output=True, text=True, check=False)

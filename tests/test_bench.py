@@ -11,8 +11,8 @@ import sys
 for name in ("tyro", "rich", "tensorboard", "plotly", "jinja2", "timm", "sklearn", "torchvision"):
     sys.modules[name] = None  # importing it raises ImportError
 sys.path.insert(0, sys.argv[1])
-import gpu_loss, machine
-assert machine.describe()["torch"]
+import gpu_loss, rows
+assert rows.describe()["torch"]
 """
 
 

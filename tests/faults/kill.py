@@ -247,10 +247,9 @@ def end_of(folder: Path) -> dict[str, Any]:
 def write(file: Path, row: dict[str, Any]) -> None:
     """Append a row, with what it was measured on."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-    import machine  # beside the other benchmarks
+    from rows import append  # beside the benchmarks
 
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps({**row, "processes": PROCESSES, **machine.describe()}) + "\n")
+    append(file, [{**row, "processes": PROCESSES}])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,530 @@
+"""All that a CUDA GPU can say of the project, part by part, within a budget of seconds that the parts share.
+
+    bench/gpu.sh OUT gate+speed+profile              right, and how fast: parts by name, in this order
+    bench/gpu.sh OUT table1 --budget 540             goes on with what is in SCRATCH, and in TRAVEL/runs
+    bench/gpu.sh OUT gate+cifar1 --dry-run           any machine: proves the script; its rows say so
+
+A part that is red, late or left out stops no other: it is a row in OUT/parts.jsonl, and the exit status is 1. The rows
+of all parts say what the tests of the same call said ("gate"). A part writes its rows as it goes, the most important
+first, so that a part that is late has them. OUT gets few files: gate.log, parts.jsonl, PART.jsonl, caches.tar.gz,
+runs-*.tar.gz.
+
+What the parts look at, each a variable of the environment, or else a file of the folder TRAVEL, which bench/travel.sh
+fills:
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import nullcontext, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import rows
+import torch
+
+BENCH = Path(__file__).parent
+ROOT = BENCH.parent
+MEGABYTE = 2**20
+LARGEST_FILE = 16 * MEGABYTE  # of what goes back
+LARGEST_LOG = MEGABYTE
+CLOSING_SECONDS = 15  # for packing what goes back
+FEWEST_SECONDS = 5  # for which no part is started
+PASSED = "passed"
+
+# Without the current folder on the path, where rcl_fast/ lacks the kernels.
+PYTEST = [sys.executable, "-c", "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"]
+TRAINER = ("tyro", "rich", "tensorboard", "plotly", "jinja2", "timm", "torchvision", "sklearn")
+
+INPUTS = {
+    "BCL": ("bcl.py", "loss/contrastive.py of BCL's repository: published code to compare with"),
+    "SUPCONTRAST": ("supcontrast.py", "losses.py of SupContrast's"),
+    "CIFAR100": ("cifar100_lt.tar", "cifar100_lt: a folder as train/run.py takes it, or a file of bench/pack.py"),
+    "CIFAR10": ("cifar10_lt.tar", "cifar10_lt, likewise"),
+    "JPEGS": ("jpegs", "folder of JPEG files below class folders; without it images are made up"),
+    "RUNS": (
+        "runs",
+        "folder of TABLE.jsonl and runs-*.tar.gz that earlier calls wrote: table1 and others go on from them",
+    ),
+    "CACHES": ("caches.tar.gz", "what an earlier call compiled"),
+    "DALI": ("dali", "folder of DALI's wheels, for a machine that lacks it"),
+}
+
+
+class Command(NamedTuple):
+    """A process of a part."""
+
+    arguments: list[str]
+    seconds: float = math.inf  # at most, and what is left of its part
+    log: Path | None = None  # where its output goes; None: here
+    # How it is asked to end, and for how long. SIGINT goes to the one process, whose workers it ends; SIGTERM to all.
+    stop: signal.Signals = signal.SIGTERM
+    grace: float = 5
+
+
+class Call(NamedTuple):
+    """What all parts of a call share."""
+
+    out: Path
+    scratch: Path
+    inputs: dict[str, Path]  # those of INPUTS that are there
+    dry_run: bool
+    ends: float  # time.monotonic() at which the budget is spent
+
+    @property
+    def dry(self) -> list[str]:
+        return ["--dry-run"] if self.dry_run else []
+
+    def left(self) -> float:
+        """Seconds of the budget, without those that packing takes."""
+        return self.ends - CLOSING_SECONDS - time.monotonic()
+
+
+Commands = Generator[Command, str, str | None]
+"""Yields commands, gets what became of each ("passed", "red: ...", "late: ..."); may return what became of all."""
+
+
+class Part(NamedTuple):
+    """Something that is measured or tested by itself."""
+
+    seconds: int  # at most
+    about: str
+    commands: Callable[[Call], Commands]
+    needs: tuple[str, ...] = ()  # packages
+
+
+def gate(call: Call) -> Commands:
+    """The tests of the loss and the kernels, compiled for this GPU."""
+    if find_spec("pytest") is None or find_spec("hypothesis") is None:
+        print("no pytest and hypothesis here: the shipped configurations only", flush=True)
+        if not call.dry_run:
+            yield python("tests/kernels/shipped.py")
+        return None
+    return (yield from tests(call, "gate", "tests/rcl_fast", "tests/kernels"))
+
+
+def captured(call: Call) -> Commands:
+    """The trainer's tests that need a GPU: whole steps in CUDA graphs, compiled views."""
+    return (yield from tests(call, "captured", "-m", "gpu", "tests/train"))
+
+
+def tests(call: Call, name: str, *arguments: str) -> Commands:
+    """By pytest, on as many processes as there are cores, up to 16: real compilation takes most of the time."""
+    report, log = call.scratch / f"{name}.xml", call.out / f"{name}.log"
+    report.unlink(missing_ok=True)
+    spread = ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
+    how = ["--collect-only"] if call.dry_run else spread
+    command = [*PYTEST, "-q", "--tb=short", f"--junitxml={report}", *how, *arguments]
+    status = yield Command(command, log=log, stop=signal.SIGINT, grace=15)
+    shorten(log)
+    print(*important_lines(log), sep="\n", flush=True)
+    return status if call.dry_run else verdict(status, report)
+
+
+def verdict(status: str, report: Path) -> str:
+    """What a JUnit report says, after how its process ended."""
+    try:
+        suites = ElementTree.parse(report).getroot().iter("testsuite")
+        counts = [
+            {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")} for suite in suites
+        ]
+    except (OSError, ElementTree.ParseError):
+        return f"{status}, and no report" if status == PASSED else status
+    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    ran, failed = total["tests"] - total["skipped"], total["failures"] + total["errors"]
+    if failed:
+        return f"red: {failed} of {ran}" + (f", {status}" if status.startswith("late") else "")
+    return f"{status}: {ran} tests" if status == PASSED else f"{status}, {ran} tests passed before"
+
+
+def important_lines(log: Path) -> list[str]:
+    """Failures, errors, and the last line of a log of pytest."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line[:300] for line in lines if line.startswith(("FAILED", "ERROR", "E  "))][:60] + lines[-1:]
+
+
+def shorten(log: Path) -> None:
+    """To the end of it."""
+    content = log.read_bytes()
+    if len(content) > LARGEST_LOG:
+        log.write_bytes(b"(the beginning is left out)\n" + content[-LARGEST_LOG:])
+
+
+def loss(call: Call, part: str, *arguments: str) -> Command:
+    peers = flags(call, {"BCL": "--bcl", "SUPCONTRAST": "--supcontrast"})
+    output = ["--output", str(call.out / f"{part}.jsonl")]
+    return python("bench/gpu_loss.py", part, *output, *peers, *arguments, *call.dry)
+
+
+def speed(call: Call) -> Commands:
+    """Each backend and published code, a case after the other."""
+    yield loss(call, "speed", "--seconds", "2")
+    return None
+
+
+def largest(call: Call) -> Commands:
+    """A million anchors."""
+    yield loss(call, "speed", "--seconds", "2", "--case", "largest")
+    return None
+
+
+def profile(call: Call) -> Commands:
+    """The time of each kernel."""
+    yield loss(call, "profile")
+    return None
+
+
+def memory(call: Call) -> Commands:
+    yield loss(call, "memory")
+    return None
+
+
+def cifar_runs(call: Call, *arguments: str, keep: Path | None = None) -> Command:
+    more = [] if keep is None else ["--keep", str(keep)]
+    output = ["--output", str(call.out / "cifar.jsonl")]
+    source = [] if call.dry_run else flags(call, {"CIFAR100": "--data"})
+    return python("bench/cifar.py", *source, *arguments, *output, *more, *call.dry)._replace(grace=30)
+
+
+def cifar1(call: Call) -> Commands:
+    """One whole run of 200 epochs; where the graph fails, twenty epochs step by step tell the speed."""
+    kept = call.scratch / "cifar1"
+    shutil.rmtree(kept, ignore_errors=True)
+    status = yield cifar_runs(call, "--ways", "graph", "--seeds", "1", keep=kept)
+    if status.startswith("red"):
+        yield cifar_runs(call, "--ways", "plain", "--seeds", "1", "--epochs", "20", keep=kept)
+    for curve in kept.glob("*/metrics.jsonl"):
+        shutil.copy(curve, call.out / f"{curve.parent.name}.curve.json")
+    return status
+
+
+def cifar(call: Call) -> Commands:
+    """The ways to take steps against each other, then several runs at once."""
+    yield cifar_runs(call, "--ways", "plain", "graph", "graph_compiled", "--seeds", "1", "--epochs", "5")
+    yield cifar_runs(call, "--ways", "graph_compiled", "--seeds", "1", "--epochs", "20", "--at-once", "1", "3", "6")
+    steps = ["--arch", "resnet32", "--rounds", "3", "--workers", str(os.cpu_count())]
+    yield python("bench/step.py", *steps, "--output", str(call.out / "cifar_step.jsonl"), *call.dry)
+    return None
+
+
+def reproduced(table: str, dataset: str) -> Callable[[Call], Commands]:
+    """A table of the paper on one data set, as far as it comes: its rows, and the runs under way, go back."""
+
+    def commands(call: Call) -> Commands:
+        folder = call.scratch / "runs"
+        bring_runs(call, folder)
+        known = [text for file in sorted(folder.glob("*.jsonl")) for text in ("--rows", str(file))]
+        source = flags(call, {"CIFAR100" if dataset == "cifar100_lt" else "CIFAR10": "--data"})
+        how = ["--jobs-per-device", os.environ.get("JOBS", "3"), "--more=--cuda-graph --compile"]
+        setting = ["--dataset", dataset, *source, *how]
+        if call.dry_run:
+            setting = ["--dataset", "digits_lt", "--epochs", "1", "--seeds", "1", "--only", "BCL+RCL"]
+        command = ["train/reproduce.py", table, *setting, "--folder", str(folder), *known]
+        status = yield python(*command)._replace(grace=40)  # the runs under way save themselves
+        shown = yield python(*command, "--no-run", "--output", str(call.scratch / "tables"))
+        if shown == PASSED:
+            give_back_rows(call.scratch / "tables" / f"{table}.jsonl", call.out)
+        pack_runs(folder, call.out)
+        return status
+
+    return commands
+
+
+def bring_runs(call: Call, folder: Path) -> None:
+    """Rows and half-done runs of earlier calls, where this machine has not gone on with them already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    came_back = call.inputs.get("RUNS")
+    for file in sorted(came_back.iterdir()) if came_back else []:
+        if file.suffix == ".jsonl":
+            shutil.copy(file, folder)
+        elif file.name.startswith("runs-"):
+            with tarfile.open(file) as archive:
+                here = {run.name for run in folder.iterdir()}
+                wanted = [member for member in archive if member.name.split("/")[0] not in here]
+                archive.extractall(folder, wanted, filter="data")
+
+
+def give_back_rows(file: Path, out: Path) -> None:
+    """The rows of a table, each with what the others say of this call; those of an earlier call have it already."""
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({**rows.describe(), **row}) + "\n" for row in found]
+    (out / file.name).write_text("".join(lines), encoding="utf-8")
+
+
+def pack_runs(folder: Path, out: Path) -> None:
+    """The runs that are half done, without what their resumption does not read, in few files that are small enough."""
+    parcels: list[list[Path]] = []
+    room = 0
+    for run in half_done(folder):
+        files = [file for file in sorted(run.iterdir()) if file.is_file() and is_read_again(file)]
+        size = sum(file.stat().st_size for file in files)
+        if size > room:
+            parcels.append([])
+            room = LARGEST_FILE
+        parcels[-1] += files
+        room -= size
+    for number, files in enumerate(parcels, 1):
+        target = out / f"runs-{number}.tar.gz"
+        with tarfile.open(target, "w:gz", compresslevel=1) as archive:
+            for file in files:
+                archive.add(file, file.relative_to(folder))
+        keep_small(target)
+
+
+def half_done(folder: Path) -> list[Path]:
+    states = {
+        file.parent: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/status.json"))
+    }
+    return [run for run, state in states.items() if state["status"] != "finished"]
+
+
+def is_read_again(file: Path) -> bool:
+    return file.name not in ("previous.pt", ".lock") and not file.name.startswith("events.")
+
+
+def tune(call: Call) -> Commands:
+    """Tiles by time for the entries that matter, and the speed before and after."""
+    cases = ["--case", "CIFAR batch", "--case", "ImageNet-LT batch", "--case", "large, narrow"]
+    yield loss(call, "speed", "--seconds", "1", *cases)
+    for kernel, width in (("forward", 128), ("backward", 128), ("weights", 2048)):
+        entry = ["--kernel", kernel, "--kind", "half", "--width", str(width), "--size", "large"]
+        dry = ["--dry-run", "--arch", "90", "--most", "2"] if call.dry_run else ["--write"]
+        yield python("bench/tune.py", *entry, *dry, "--output", str(call.out / "tune.jsonl"))
+    shutil.copy(ROOT / "kernels" / "table.py", call.out / "table.py")
+    yield loss(call, "speed", "--seconds", "1", *cases)
+    return None
+
+
+def data(call: Call) -> Commands:
+    """The loaders alone, then the trainer with what they bring and with noise."""
+    sources = flags(call, {"CIFAR100": "--cifar", "JPEGS": "--jpegs"})
+    for what in ([], ["--train"]):
+        more = ["--workers", str(os.cpu_count()), "--output", str(call.out / "data.jsonl")]
+        yield python("bench/data.py", *what, *sources, *more, *call.dry)
+    return None
+
+
+def step(call: Call) -> Commands:
+    """The paper's main job beside a plain loop of BCL's kind, at a batch that every variant holds."""
+    source = flags(call, {"JPEGS": "--data"})
+    setting = ["--batch-size", "128", "--rounds", "3", "--steps", "5", "--workers", str(os.cpu_count())]
+    yield python("bench/step.py", *source, *setting, "--output", str(call.out / "step.jsonl"), *call.dry)
+    return None
+
+
+def dali(call: Call) -> Commands:
+    """DALI's views on the GPU, against those of torchvision."""
+    wheels = sorted(map(str, call.inputs["DALI"].glob("*.whl"))) if "DALI" in call.inputs else []
+    if wheels:
+        how = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
+        yield python("-m", "pip", "install", *how, "--target", str(call.scratch / "site"), *wheels)
+    return (yield from tests(call, "dali", "-m", "gpu", "tests/train/data"))
+
+
+def flags(call: Call, names: dict[str, str]) -> list[str]:
+    """The options that say where inputs are, of those that are there."""
+    return [text for name, flag in names.items() if name in call.inputs for text in (flag, str(path_of(call, name)))]
+
+
+def path_of(call: Call, name: str) -> Path:
+    """Where an input is; what bench/pack.py packed is unpacked once."""
+    given = call.inputs[name]
+    if given.suffix != ".tar":
+        return given
+    folder = call.scratch / given.stem
+    if not (folder / f"{given.stem}.npz").is_file():
+        subprocess.run([sys.executable, str(BENCH / "pack.py"), "unpack", str(given), str(folder)], check=True)
+    return folder
+
+
+def python(*arguments: str) -> Command:
+    return Command([sys.executable, *arguments])
+
+
+PARTS = {
+    "gate": Part(220, "tests of the loss and the kernels", gate),
+    "captured": Part(120, "the trainer's tests that need a GPU", captured, TRAINER),
+    "speed": Part(200, "time of the loss", speed),
+    "profile": Part(60, "time of each kernel", profile),
+    "memory": Part(80, "memory of the loss", memory),
+    "largest": Part(90, "time of the loss at a million anchors", largest),
+    "cifar1": Part(330, "one run on CIFAR-100-LT, 200 epochs", cifar1, TRAINER),
+    "cifar": Part(400, "ways to take CIFAR's steps, runs at once", cifar, TRAINER),
+    "table1": Part(540, "table 1 on CIFAR-100-LT, going on", reproduced("table1", "cifar100_lt"), TRAINER),
+    "table2": Part(540, "table 2 on CIFAR-10-LT, going on", reproduced("table2", "cifar10_lt"), TRAINER),
+    "compression": Part(540, "the compression rules, going on", reproduced("compression", "cifar100_lt"), TRAINER),
+    "tune": Part(400, "tiles by time, the loss before and after", tune),
+    "dali": Part(200, "DALI's views on the GPU", dali, TRAINER),
+    "data": Part(240, "the loaders", data, TRAINER),
+    "step": Part(300, "the whole step of ResNeXt-50", step, TRAINER),
+}  # fmt: skip
+
+
+def run_part(name: str, call: Call) -> rows.Row:
+    """The row of a part, once it has ended in whatever way."""
+    part = PARTS[name]
+    limit = min(part.seconds, call.left())
+    row: rows.Row = {"part": name, "limit_seconds": round(max(0, limit)), "seconds": 0.0}
+    print(f"\n== {name}: {part.about}; at most {max(0, limit):.0f} s, {call.left():.0f} s are left", flush=True)
+    missing = [package for package in part.needs if find_spec(package) is None]
+    if missing:
+        return {**row, "status": f"left out: no {', '.join(missing)} here (WHEELS=folder brings them)"}
+    if limit < FEWEST_SECONDS:
+        return {**row, "status": "late: no time was left to start it"}
+    began = time.monotonic()
+    try:
+        status = follow(part.commands(call), began + limit)
+    except (OSError, subprocess.CalledProcessError, tarfile.TarError) as error:
+        status = f"red: {type(error).__name__}: {error}"
+    return {**row, "status": status, "seconds": round(time.monotonic() - began, 1)}
+
+
+def follow(commands: Commands, ends: float) -> str:
+    """Run a part's commands; its own word on what became of it, or the first that was not good."""
+    statuses: list[str] = []
+    try:
+        command = next(commands)
+        while True:
+            statuses.append(run(command, min(command.seconds, ends - time.monotonic())))
+            command = commands.send(statuses[-1])
+    except StopIteration as ended:
+        worst = next((status for status in statuses if status != PASSED), PASSED)
+        return ended.value or worst
+
+
+def run(command: Command, seconds: float) -> str:
+    """Run a process for so many seconds at most; what became of it."""
+    if seconds < FEWEST_SECONDS:
+        return "late: no time was left for its last steps"
+    with command.log.open("wb") if command.log else nullcontext() as log:
+        process = subprocess.Popen(
+            command.arguments, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT if log else None, start_new_session=True
+        )
+        try:
+            code = process.wait(max(0, seconds - command.grace))
+            return PASSED if code == 0 else f"red: exit status {code}"
+        except subprocess.TimeoutExpired:
+            (os.kill if command.stop == signal.SIGINT else os.killpg)(process.pid, command.stop)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(command.grace)
+            return f"late: stopped after {seconds:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it left running
+            process.wait()
+
+
+def unpack_caches(call: Call) -> None:
+    """Compilers' caches lie in SCRATCH; they start with what an earlier call compiled."""
+    caches = call.scratch / "caches"
+    os.environ["TRITON_CACHE_DIR"], os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+        str(caches / name) for name in ("triton", "inductor")
+    )
+    if "CACHES" in call.inputs and not caches.exists():
+        with tarfile.open(call.inputs["CACHES"]) as archive:
+            archive.extractall(call.scratch, filter="data")
+    caches.mkdir(exist_ok=True)
+
+
+def pack_caches(call: Call) -> None:
+    """Triton's and Inductor's; Triton's alone where both are too large to go back."""
+    target = call.out / "caches.tar.gz"
+    for names in (("triton", "inductor"), ("triton",)):
+        with tarfile.open(target, "w:gz", compresslevel=6) as archive:
+            for name in names:
+                if (call.scratch / "caches" / name).is_dir():
+                    archive.add(call.scratch / "caches" / name, f"caches/{name}")
+        if target.stat().st_size <= LARGEST_FILE:
+            return
+    keep_small(target)
+
+
+def keep_small(file: Path) -> None:
+    """A file that is too large to go back would be left out without a word."""
+    size = file.stat().st_size
+    if size > LARGEST_FILE:
+        print(
+            f"{file.name} is left out: {size / MEGABYTE:.1f} MiB, and {LARGEST_FILE / MEGABYTE:.0f} go back", flush=True
+        )
+        file.unlink()
+
+
+def inputs() -> dict[str, Path]:
+    """Those that are there; raises SystemExit with each that is named and is not."""
+    travel = os.environ.get("TRAVEL")
+    found, missing = {}, []
+    if travel and not Path(travel).is_dir():
+        missing.append(f"TRAVEL={travel}")
+    for name, (file, _) in INPUTS.items():
+        if name in os.environ:
+            path = Path(os.environ[name]).resolve()
+            found[name] = path
+            missing += [] if path.exists() else [f"{name}={os.environ[name]}"]
+        elif travel and (Path(travel) / file).exists():
+            found[name] = (Path(travel) / file).resolve()
+    if missing:
+        raise SystemExit("gpu.sh: no such file or folder:\n  " + "\n  ".join(missing))
+    commit = Path(travel) / "commit" if travel else None
+    if commit is not None and commit.is_file():
+        os.environ.setdefault("RCL_COMMIT", commit.read_text(encoding="utf-8").strip())
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    text = [f"    {name:12} {about} (TRAVEL/{file})" for name, (file, about) in INPUTS.items()]
+    text += ["", "parts, and the seconds that each takes at most:"]
+    text += [f"    {name:12} {part.seconds:4}  {part.about}" for name, part in PARTS.items()]
+    found = argparse.ArgumentParser(
+        prog="bench/gpu.sh",
+        description=(__doc__ or "") + "\n".join(text),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("out", type=Path, metavar="OUT", help="folder for rows and logs")
+    found.add_argument("parts", metavar="PART[+PART...]", type=lambda text: text.split("+"), help="in this order")
+    found.add_argument("--budget", type=float, default=540, help="seconds of all parts together (default: 540)")
+    found.add_argument("--dry-run", action="store_true", help="no GPU is needed; the rows say so")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    unknown = [name for name in options.parts if name not in PARTS]
+    if unknown:
+        raise SystemExit(f"gpu.sh: no part is named {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if not torch.cuda.is_available() and not options.dry_run:
+        raise SystemExit(f"gpu.sh: PyTorch ({sys.executable}) sees no CUDA device; --dry-run needs none")
+    options.out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(os.environ["SCRATCH"])
+    call = Call(options.out.resolve(), scratch, inputs(), options.dry_run, time.monotonic() + options.budget)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that nothing is left running
+    unpack_caches(call)
+    print(f"{'+'.join(options.parts)} within {options.budget:.0f} s; rows and logs in {call.out}", flush=True)
+    statuses: dict[str, str] = {}
+    for name in options.parts:
+        row = run_part(name, call)
+        print(f"== {name}: {row['status']} ({row['seconds']} s)", flush=True)
+        statuses[name] = row["status"]
+        if name in ("gate", "captured"):
+            os.environ["RCL_GATE"] = "; ".join(
+                f"{test} {statuses[test]}" for test in ("gate", "captured") if test in statuses
+            )
+        rows.append(call.out / "parts.jsonl", [row], call.dry_run)
+    pack_caches(call)
+    print("\n" + "\n".join(f"{name:12} {status}" for name, status in statuses.items()), flush=True)
+    return int(any(not status.startswith(PASSED) for status in statuses.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,90 @@
+"""Rows of results: JSON lines, each with what it came from.
+
+python bench/rows.py FILE...      says what is wrong with rows, if anything: exit status 1
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rcl_fast import provenance
+
+Row = dict[str, Any]
+
+# What every row says; "gate" is what the tests said on that machine in the same call of bench/gpu.sh.
+REQUIRED = ("date", "commit", "cpu", "gpu", "python", "torch", "triton", "gate")
+
+
+def describe() -> Row:
+    """Machine, driver, versions, commit, and what the tests said on this machine before."""
+    gate = os.environ.get("RCL_GATE", "not run in this call")
+    return {**provenance.describe(), "cuda": torch.version.cuda, "triton": _triton(), **_driver(), "gate": gate}
+
+
+def append(file: Path | None, rows: Iterable[Mapping[str, Any]], dry_run: bool = False) -> None:
+    """Add rows to a file, at once, for what comes next may be stopped; None: keep none. A dry run's say so."""
+    if file is None:
+        return
+    about = {**describe(), **({"dry_run": True} if dry_run else {})}
+    with file.open("a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
+
+
+def problems(file: Path) -> Iterator[str]:
+    """What is wrong with a file of rows, a line each."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    if not lines:
+        yield f"{file}: no rows"
+    for number, line in enumerate(lines, 1):
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            yield f"{where}: no JSON ({error})"
+            continue
+        if not isinstance(row, dict):
+            yield f"{where}: no row, but {line[:40]!r}"
+            continue
+        missing = [name for name in REQUIRED if name not in row]
+        if missing:
+            yield f"{where}: it lacks {', '.join(missing)}"
+        if row.get("commit") == "unknown":
+            yield f"{where}: of which commit? Outside git, RCL_COMMIT says it"
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
+
+
+def _driver() -> Row:
+    """Of the first NVIDIA GPU; nothing without one."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    return dict(zip(("driver", "clock", "power"), map(str.strip, answer[0].split(",")), strict=False)) if answer else {}
+
+
+def main(files: list[str]) -> int:
+    if not files or files[0] in ("-h", "--help"):
+        print(__doc__)
+        return 2
+    found = [problem for file in files for problem in problems(Path(file))]
+    print("\n".join(found) or f"{len(files)} files of rows, all well formed")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

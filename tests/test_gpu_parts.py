@@ -1,0 +1,217 @@
+"""bench/gpu.py: parts share a budget, none stops another, and what comes back goes on next time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import gpu
+import rows
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> gpu.Call:
+    for name in ("out", "scratch"):
+        (tmp_path / name).mkdir()
+    return gpu.Call(tmp_path / "out", tmp_path / "scratch", {}, dry_run=True, ends=time.monotonic() + 500)
+
+
+def python(code: str) -> gpu.Command:
+    return gpu.Command([sys.executable, "-c", code])
+
+
+def part(*codes: str, seconds: int = 60, **more: tuple[str, ...]) -> gpu.Part:
+    def commands(call: gpu.Call) -> gpu.Commands:
+        for code in codes:
+            yield python(code)
+        return None
+
+    return gpu.Part(seconds, "of a test", commands, **more)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The environment of a call; what it returns is its OUT."""
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setenv("RCL_COMMIT", "abc1234")
+    for name in ("TRAVEL", "RCL_GATE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", *gpu.INPUTS):
+        monkeypatch.setenv(name, "")  # so that what the call sets is taken back
+        monkeypatch.delenv(name)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "signal", lambda *_: before)
+    return tmp_path / "out"
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_red_part_stops_no_other_and_shows_in_rows_and_exit_status(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gate(call: gpu.Call) -> gpu.Commands:
+        yield python("raise SystemExit(1)")
+        return "red: 3 of 412"
+
+    told = machine.parent / "told"
+    speed = part(f"import os, pathlib; pathlib.Path({str(told)!r}).write_text(os.environ['RCL_GATE'])")
+    monkeypatch.setattr(gpu, "PARTS", {"gate": gpu.Part(60, "", gate), "speed": speed})
+    assert gpu.main([str(machine), "gate+speed", "--dry-run"]) == 1
+    found = rows_of(machine / "parts.jsonl")
+    assert [row["status"] for row in found] == ["red: 3 of 412", "passed"]
+    assert told.read_text() == found[1]["gate"] == "gate red: 3 of 412"
+    assert found[0]["commit"] == "abc1234"
+    assert rows.main([str(machine / "parts.jsonl")]) == 0
+
+
+def test_parts_that_passed_exit_with_0(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PARTS", {"a": part("pass"), "b": part("pass")})
+    assert gpu.main([str(machine), "a+b", "--dry-run"]) == 0
+
+
+def test_a_part_that_runs_out_of_time_is_late_and_what_it_started_is_gone(call: gpu.Call, tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    sleeping = "subprocess.Popen(['sleep', '600']).pid"
+    code = (
+        f"import pathlib, subprocess, time; pathlib.Path({str(child)!r}).write_text(str({sleeping})); time.sleep(600)"
+    )
+    status = gpu.follow(part(code, "pass").commands(call), time.monotonic() + 12)
+    assert status == "late: stopped after 12 s"
+    process = Path("/proc") / child.read_text() / "status"
+    assert not process.exists() or "State:\tZ" in process.read_text()  # ended, and nobody has asked for its status
+
+
+def test_a_part_without_time_or_packages_is_not_started(
+    call: gpu.Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started = tmp_path / "started"
+    code = f"open({str(started)!r}, 'w')"
+    monkeypatch.setattr(gpu, "PARTS", {"late": part(code), "lacking": part(code, needs=("no_such_package",))})
+    spent = call._replace(ends=time.monotonic() + gpu.CLOSING_SECONDS)
+    assert gpu.run_part("late", spent)["status"] == "late: no time was left to start it"
+    assert gpu.run_part("lacking", call)["status"] == "left out: no no_such_package here (WHEELS=folder brings them)"
+    assert not started.exists()
+
+
+def test_a_part_takes_no_more_than_is_left_of_the_budget(call: gpu.Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PARTS", {"long": part("pass", seconds=300)})
+    assert gpu.run_part("long", call)["limit_seconds"] == 300
+    short = call._replace(ends=time.monotonic() + 100)
+    assert gpu.run_part("long", short)["limit_seconds"] <= 100 - gpu.CLOSING_SECONDS
+
+
+def test_later_commands_of_a_part_run_after_one_that_failed(call: gpu.Call, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    commands = part("raise SystemExit(3)", f"open({str(second)!r}, 'w')").commands(call)
+    assert gpu.follow(commands, time.monotonic() + 60) == "red: exit status 3"
+    assert second.exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "failures", "expected"),
+    [
+        ("passed", 0, "passed: 10 tests"),
+        ("red: exit status 1", 2, "red: 2 of 10"),
+        ("late: stopped after 220 s", 2, "red: 2 of 10, late: stopped after 220 s"),
+        ("late: stopped after 220 s", 0, "late: stopped after 220 s, 10 tests passed before"),
+        ("red: exit status 3", 0, "red: exit status 3, 10 tests passed before"),
+    ],
+)
+def test_what_a_report_of_tests_says(status: str, failures: int, expected: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    suite = f'<testsuite tests="12" failures="{failures}" errors="0" skipped="2"/>'
+    report.write_text(f"<testsuites>{suite}</testsuites>", encoding="utf-8")
+    assert gpu.verdict(status, report) == expected
+
+
+def test_a_gate_without_a_report_did_not_pass(tmp_path: Path) -> None:
+    assert not gpu.verdict("passed", tmp_path / "none.xml").startswith("passed:")
+    (tmp_path / "cut.xml").write_text("<testsuites><testsuite", encoding="utf-8")
+    assert gpu.verdict("late: stopped after 9 s", tmp_path / "cut.xml") == "late: stopped after 9 s"
+
+
+def test_runs_under_way_come_back_and_go_on(call: gpu.Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    for name, state in (("one", "preempted"), ("two", "preempted"), ("three", "preempted"), ("done", "finished")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "status.json").write_text(json.dumps({"status": state}), encoding="utf-8")
+        (folder / name / "last.pt").write_bytes(name.encode() * 10_000)
+        (folder / name / "previous.pt").write_bytes(b"not read again")
+    monkeypatch.setattr(gpu, "LARGEST_FILE", 100_000)
+    gpu.pack_runs(folder, call.out)
+    came_back = sorted(file.name for file in call.out.iterdir())
+    assert came_back == ["runs-1.tar.gz", "runs-2.tar.gz"]
+    with tarfile.open(call.out / "runs-1.tar.gz") as archive:
+        assert {Path(name).name for name in archive.getnames()} == {"last.pt", "status.json"}
+    (call.out / "table1.jsonl").write_text("{}\n", encoding="utf-8")
+
+    target = tmp_path / "next"
+    (target / "two").mkdir(parents=True)  # this machine has gone on with it
+    gpu.bring_runs(call._replace(inputs={"RUNS": call.out}), target)
+    found = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
+    assert found == {
+        "table1.jsonl",
+        *(f"{run}/{name}" for run in ("one", "three") for name in ("last.pt", "status.json")),
+    }
+    assert (target / "one" / "last.pt").read_bytes() == b"one" * 10_000
+
+
+def test_what_is_too_large_to_go_back_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu, "LARGEST_FILE", 10)
+    large = tmp_path / "large"
+    large.write_bytes(b"0" * 11)
+    gpu.keep_small(large)
+    assert not large.exists()
+    assert "large is left out" in capsys.readouterr().out
+
+
+def test_inputs_that_are_not_there_are_named_at_once(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BCL", "no/contrastive.py")
+    monkeypatch.setenv("TRAVEL", "no/folder")
+    with pytest.raises(SystemExit, match=r"(?s)TRAVEL=no/folder.*BCL=no/contrastive.py"):
+        gpu.main([str(machine), "gate", "--dry-run"])
+
+
+def test_the_folder_that_travels_is_found_by_its_files(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRAVEL", str(tmp_path))
+    monkeypatch.delenv("RCL_COMMIT")
+    (tmp_path / "commit").write_text("def5678\n", encoding="utf-8")
+    (tmp_path / "bcl.py").write_text("", encoding="utf-8")
+    assert gpu.inputs() == {"BCL": tmp_path / "bcl.py"}
+    assert rows.describe()["commit"] == "def5678"
+
+
+def test_an_unknown_part_is_refused_with_those_there_are(machine: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no part is named gates; there are gate, "):
+        gpu.main([str(machine), "gates", "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("", "no rows"),
+        ("{", "no JSON"),
+        ("[]", "no row"),
+        ('{"part": "speed"}', "it lacks date, commit"),
+        (json.dumps(dict.fromkeys(rows.REQUIRED, "unknown")), "of which commit"),
+    ],
+)
+def test_rows_that_are_not_well_formed_are_refused(
+    line: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{line}\n" if line else "", encoding="utf-8")
+    assert rows.main([str(file)]) == 1
+    assert problem in capsys.readouterr().out
