@@ -22,9 +22,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    raise SystemExit("bench/aot.py compiles: run it without TRITON_INTERPRET")
-
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -39,6 +36,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_LIMIT = {
     70: 98304, 75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376
 }  # fmt: skip
+# What a multiprocessor has (same table): 32-bit registers, given to warps in lots of 256, on every architecture; warps.
+REGISTERS = 65536
+WARPS = {70: 64, 75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 
 KERNELS = {
     "prepare": prepare.prepare_kernel,
@@ -84,6 +84,15 @@ class Outcome(NamedTuple):
 
     def fits(self, arch: int) -> bool:
         return not self.error and self.stack == 0 and self.local == 0 and self.shared <= SHARED_LIMIT[arch]
+
+    def programs(self, arch: int, warps: int) -> int:
+        """How many a multiprocessor holds at once, by its registers, its shared memory and its warps."""
+        system = 1024 if arch >= 80 else 0  # shared memory that each block takes for itself, beside its own limit
+        return min(
+            REGISTERS // (32 * warps * max(8, -(-self.registers // 8) * 8)),
+            (SHARED_LIMIT[arch] + system) // max(1, self.shared + system),
+            WARPS[arch] // warps,
+        )
 
 
 COLUMNS = (
@@ -145,12 +154,18 @@ def constants(case: Case) -> dict[str, Any]:
 
 
 def source(case: Case) -> ASTSource:
-    """The kernel as `launch.py` calls it: aligned pointers, integers that are not specialised."""
+    """The kernel as `launch.py` calls it: aligned pointers, integers that are not specialised.
+
+    A launch of the same variant finds it in Triton's cache, whose key has all of this in it.
+    """
     kernel, fixed = KERNELS[case.kernel], constants(case)
-    signature, attributes = {}, {}
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[Any]] = {}
     for position, name in enumerate(kernel.arg_names):
         if name in fixed:
             signature[name] = "constexpr"
+            if isinstance(fixed[name], str):
+                attributes[(position,)] = []  # of no meaning, but a launch has it too
         elif name.startswith("p_"):
             signature[name] = POINTERS.get(name, "*" + case.dtype)
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -163,9 +178,8 @@ def source(case: Case) -> ASTSource:
 
 def compile_case(case: Case) -> Outcome:
     """Compiles one case; a refusal of the compiler is an outcome too."""
-    options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
     try:
-        compiled = triton.compile(source(case), target=GPUTarget("cuda", case.arch, 32), options=options)
+        compiled = triton.compile(source(case), target=GPUTarget("cuda", case.arch, 32), options=case.config.options)
     except Exception as error:  # the compiler raises many types
         return Outcome(0, 0, 0, 0, 0, 0, 0, error=" ".join(str(error).split())[:200] or type(error).__name__)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -201,7 +215,14 @@ def row(case: Case, outcome: Outcome) -> dict[str, Any]:
     return {name: fields[name] for name in COLUMNS}
 
 
+def refuse_the_interpreter() -> None:
+    """Under it the kernels are Python functions, which nothing compiles."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("kernels are compiled here: run this without TRITON_INTERPRET")
+
+
 def main(arguments: list[str]) -> int:
+    refuse_the_interpreter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=configs.ARCHITECTURES)
     parser.add_argument("--kernel", choices=KERNELS)

@@ -116,8 +116,8 @@ def gate(call: Call) -> Commands:
 
 
 def captured(call: Call) -> Commands:
-    """The trainer's tests that need a GPU: whole steps in CUDA graphs, compiled views."""
-    return (yield from tests(call, "captured", "-m", "gpu", "tests/train"))
+    """The trainer's tests that need a GPU, whole steps in CUDA graphs and compiled views; tune's."""
+    return (yield from tests(call, "captured", "-m", "gpu", "tests/train", "tests/test_tune.py"))
 
 
 def tests(call: Call, name: str, *arguments: str) -> Commands:

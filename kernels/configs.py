@@ -14,13 +14,20 @@ from rcl_fast.kernels.table import TABLE
 
 
 class Config(NamedTuple):
-    """Block sizes of one kernel."""
+    """Block sizes of one kernel, and options of the compiler."""
 
     rows: int  # rows of a tile: anchors, or prototypes in their gradient
     keys: int  # keys of a tile
     depth: int  # features of a step; whole rows where it is at least their number
     warps: int
     stages: int
+    maxnreg: int | None = None  # registers of a thread at most; None: as many as the compiler likes
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch's own keyword arguments; not every backend of Triton knows maxnreg."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 # What a product multiplies: 16-bit numbers, float32 through TF32, float32 exactly.

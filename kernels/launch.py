@@ -132,8 +132,7 @@ def forward(
         KEYS=config.keys,
         DEPTH=config.depth,
         PRECISION=_precision(kind),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options,
     )
     combine_kernel[(triton.cdiv(rows, 128),)](
         partials, vectors, loss, lse, rows, M, splits, AVERAGE=class_average, ROWS=128, num_warps=4
@@ -219,8 +218,7 @@ def _in_registers(
         KEYS=config.keys,
         DEPTH=config.depth,
         PRECISION=_precision(kind),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options,
     )
     _project(out, parts, keys, vectors, gain, row_start, normalize)
 
@@ -259,8 +257,7 @@ def _through_workspace(
             KEYS=config.keys,
             DEPTH=config.depth,
             PRECISION=_precision(kind),
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **config.options,
         )
         parts = _float32_product(workspace[: end - start, :key_end], keys[:key_end])
         _project(out[start:end], parts[None], keys, vectors, gain, row_start + start, normalize)

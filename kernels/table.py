@@ -1,11 +1,11 @@
-"""Block sizes (rows, keys, depth, warps, stages) by (kernel, architecture, kind, width up to).
+"""Block sizes (rows, keys, depth, warps, stages[, maxnreg]) by (kernel, architecture, kind, width up to).
 
 The large tile first, then the one for problems too small to give every multiprocessor a large one.
 Chosen by what compiles without a spill (bench/results/aot.csv), not by time: no GPU has been at hand.
-`python bench/tune.py --write` chooses by time.
+`python bench/tune.py --write` chooses by time; the rows of such a choice belong into bench/results/tune.jsonl.
 """
 
-TABLE: dict[tuple[str, int, str, int], tuple[tuple[int, int, int, int, int], ...]] = {
+TABLE: dict[tuple[str, int, str, int], tuple[tuple[int, ...], ...]] = {
     ("backward", 70, "half", 64): ((32, 32, 64, 4, 2), (32, 32, 64, 4, 2)),
     ("backward", 70, "ieee", 64): ((16, 32, 64, 4, 2), (16, 32, 64, 4, 2)),
     ("backward", 75, "half", 64): ((32, 32, 64, 4, 2), (32, 32, 64, 4, 2)),

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import assert_as_exact_as_plain, loss_and_gradients, random_batch
 
+from rcl_fast.backends import triton as backend
 from rcl_fast.kernels import configs
 from rcl_fast.kernels.table import TABLE
 
 BENCH = Path(__file__).parents[2] / "bench"
-COLUMNS = ("kernel", "arch", "kind", "width", "rows", "keys", "depth", "warps", "stages")
+COLUMNS = ("kernel", "arch", "kind", "width", "rows", "keys", "depth", "warps", "stages", "maxnreg")
 
 
 @pytest.fixture
@@ -55,6 +57,36 @@ def test_small_problems_get_small_tiles() -> None:
     assert configs.choose("forward", 90, "half", 128, 512, 612) == sizes[-1]
 
 
+def test_a_limit_of_registers_is_an_option_only_where_it_is_set() -> None:
+    assert configs.Config(64, 32, 16, 4, 3).options == {"num_warps": 4, "num_stages": 3}
+    assert configs.Config(64, 32, 16, 4, 3, 128).options == {"num_warps": 4, "num_stages": 3, "maxnreg": 128}
+
+
+@pytest.mark.parametrize("D", [40, 72], ids=["in registers", "through the workspace"])
+def test_a_limit_of_registers_changes_no_result(D: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = set()
+
+    def tiles(limit: int | None) -> None:
+        def choose(kernel: str, arch: int, kind: str, width: int, *_: int) -> configs.Config:
+            taken.add((kernel, limit))
+            return configs.Config(16, 32, 64 if kernel == "backward" else 16, 4, 1, limit)
+
+        monkeypatch.setattr(configs, "choose", choose)
+
+    monkeypatch.setattr(configs, "REGISTER_WIDTH", dict.fromkeys(configs.KINDS, 64))
+    batch = random_batch(device, 30, 11, D)
+    tiles(None)
+    free = loss_and_gradients(backend.contrastive_loss, batch)
+    tiles(128)
+    limited = loss_and_gradients(backend.contrastive_loss, batch)
+    assert taken == {
+        (kernel, limit) for kernel in ("forward", "backward" if D == 40 else "weights") for limit in (None, 128)
+    }
+    if device.type == "cpu":  # compiled, the limit might decide how a product and a sum are rounded
+        assert all(torch.equal(one, other) for one, other in zip(free, limited, strict=True))
+    assert_as_exact_as_plain(batch)
+
+
 def test_matmul_precision_decides_the_kind() -> None:
     before = torch.get_float32_matmul_precision()
     try:
@@ -69,7 +101,11 @@ def test_matmul_precision_decides_the_kind() -> None:
 
 def test_compiled_table_covers_the_shipped_one(compiled: list[dict[str, str]]) -> None:
     found = {tuple(row[name] for name in COLUMNS) for row in compiled}
-    shipped = {tuple(map(str, (*entry, *size))) for entry, sizes in TABLE.items() for size in sizes}
+    shipped = {
+        tuple("" if number is None else str(number) for number in (*entry, *configs.Config(*size)))
+        for entry, sizes in TABLE.items()
+        for size in sizes
+    }
     assert shipped <= found, f"run bench/aot.py: {sorted(shipped - found)[:3]} were never compiled"
 
 
