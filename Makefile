@@ -21,7 +21,8 @@ test-latest:
 # The same with the packages of a rented GPU machine (bench/gpu_stack.txt), uninstalled as there.
 test-gpu-stack: .venv-gpu-stack/installed
 	@bench/import_tree.sh build/import
-	PYTHONPATH=build/import .venv-gpu-stack/bin/pytest tests/rcl_fast tests/kernels $(ARGS)
+	cd build/import && PYTHONPATH=$(CURDIR)/build/import ../../.venv-gpu-stack/bin/python -m pytest \
+		../../tests/rcl_fast ../../tests/kernels $(ARGS)
 
 # All that a GPU machine would be asked, on this one without its GPU: bench/README.md.
 rehearse: .venv/installed .venv-gpu-stack/installed

@@ -44,8 +44,6 @@ CLOSING_SECONDS = 15  # for packing what goes back
 FEWEST_SECONDS = 5  # for which no part is started
 PASSED = "passed"
 
-# Without the current folder on the path, where rcl_fast/ lacks the kernels.
-PYTEST = [sys.executable, "-c", "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"]
 TRAINER = ("tyro", "rich", "tensorboard", "plotly", "jinja2", "timm", "torchvision", "sklearn")
 
 INPUTS = {
@@ -67,6 +65,7 @@ class Command(NamedTuple):
     """A process of a part."""
 
     arguments: list[str]
+    folder: Path = ROOT  # where it runs
     seconds: float = math.inf  # at most, and what is left of its part
     log: Path | None = None  # where its output goes; None: here
     # How it is asked to end, and for how long. SIGINT goes to the one process, whose workers it ends; SIGTERM to all.
@@ -126,8 +125,10 @@ def tests(call: Call, name: str, *arguments: str) -> Commands:
     report.unlink(missing_ok=True)
     spread = ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
     how = ["--collect-only"] if call.dry_run else spread
-    command = [*PYTEST, "-q", "--tb=short", f"--junitxml={report}", *how, *arguments]
-    status = yield Command(command, log=log, stop=signal.SIGINT, grace=15)
+    there = [str(ROOT / argument) if argument.startswith("tests/") else argument for argument in arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *how, *there]
+    # Python looks into the current folder first, and ROOT/rcl_fast lacks the kernels.
+    status = yield Command(command, folder=call.scratch / "import", log=log, stop=signal.SIGINT, grace=15)
     shorten(log)
     print(*important_lines(log), sep="\n", flush=True)
     return status if call.dry_run else verdict(status, report)
@@ -410,7 +411,11 @@ def run(command: Command, seconds: float) -> str:
         return "late: no time was left for its last steps"
     with command.log.open("wb") if command.log else nullcontext() as log:
         process = subprocess.Popen(
-            command.arguments, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT if log else None, start_new_session=True
+            command.arguments,
+            cwd=command.folder,
+            stdout=log,
+            stderr=subprocess.STDOUT if log else None,
+            start_new_session=True,
         )
         try:
             code = process.wait(max(0, seconds - command.grace))
