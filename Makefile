@@ -8,8 +8,9 @@ UV := uv==0.13.9
 train: .venv/installed
 	$(BIN)/python train/run.py $(ARGS)
 
+# Two files at a time, as a file's tests share what they made; ARGS="-n 0" for one, and for a debugger.
 test: .venv/installed check types
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The loss and its kernels with the newest PyTorch and Triton of PyPI, in a second environment (a few GB).
 test-latest:
