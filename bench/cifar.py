@@ -63,7 +63,7 @@ class Options:
     more: str = ""
     """Any other options of train/run.py, the same for all runs."""
     keep: Path | None = None
-    """Folder in which the runs stay, in WAY-SEED; None: they are deleted once their figures are read."""
+    """Folder in which the runs stay, in WAY-SEED[-N-at-once]; None: they are deleted once their figures are read."""
     output: Path | None = None
     """File of JSON lines to append the rows to."""
     dry_run: bool = False
@@ -95,7 +95,8 @@ def groups(options: Options) -> list[list[int]]:
 def measured(way: Way, seeds: list[int], options: Options, is_first: bool) -> dict[str, Any]:
     """A run of each seed, all started together. Raises SystemExit where one fails."""
     with tempfile.TemporaryDirectory() as temporary:
-        folders = [(options.keep or Path(temporary)) / f"{way}-{seed}" for seed in seeds]
+        together = f"-{len(seeds)}-at-once" if len(seeds) > 1 else ""
+        folders = [(options.keep or Path(temporary)) / f"{way}-{seed}{together}" for seed in seeds]
         began = time.perf_counter()
         processes = [start(way, seed, into, options) for seed, into in zip(seeds, folders, strict=True)]
         statuses = [process.wait() for process in processes]
