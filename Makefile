@@ -56,7 +56,7 @@ lock: .venv/installed
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
-.venv-gpu-stack/installed: bench/gpu_stack.txt .venv/installed
+.venv-gpu-stack/installed: bench/gpu_stack.txt | .venv/installed
 	@$(BIN)/uv venv --quiet --clear --seed --python 3.12 --no-python-downloads .venv-gpu-stack \
 		|| { echo "no Python 3.12 here: $$($(PYTHON) --version) takes its place"; \
 			$(BIN)/uv venv --quiet --clear --seed --python $(PYTHON) .venv-gpu-stack; }

@@ -14,8 +14,9 @@ SCRATCH=$(realpath "$SCRATCH")
 export PYTHONPATH="$SCRATCH/import:$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}"
 WHEELS=${WHEELS:-${TRAVEL:+$TRAVEL/wheels}}
 # Without their dependencies: pip does not look at what is installed when it fills a folder, and would want PyTorch too.
-if [[ -n $WHEELS ]] && compgen -G "$WHEELS/*.whl" > "$SCRATCH/wheels"; then
+wheels=("$WHEELS"/*.whl)
+if [[ -n $WHEELS && -e ${wheels[0]} ]]; then
   "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$SCRATCH/site" \
-    --root-user-action ignore $(< "$SCRATCH/wheels") || echo "gpu.sh: the wheels of $WHEELS could not be installed" >&2
+    --root-user-action ignore "${wheels[@]}" || echo "gpu.sh: the wheels of $WHEELS could not be installed" >&2
 fi
 exec "$PYTHON" "$here/gpu.py" "$@"

@@ -29,7 +29,7 @@ def test_no_temporary_is_larger_than_the_chunk(reduction: str, monkeypatch: pyte
     chunk_bytes = 100_000  # one matrix of 500 x 509 float64 would take 2,036,000
     monkeypatch.setitem(tiled.CHUNK_BYTES, "cpu", chunk_bytes)
     case = draw_case(500, 4, 9, class_average=True, rebalance=True)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         contrastive_loss(**case, reduction=reduction, backend="tiled").sum().backward()
     allocations = [event.cpu_memory_usage for event in profile.events()]
     assert max(allocations) > chunk_bytes / 4  # the chunk is really used
