@@ -6,7 +6,7 @@
 
 A part that is red, late or left out stops no other: it is a row in OUT/parts.jsonl, and the exit status is 1. The rows
 of all parts say what the tests of the same call said ("gate"). A part writes its rows as it goes, the most important
-first, so that a part that is late has them. OUT gets few files: gate.log, parts.jsonl, PART.jsonl, caches.tar.gz,
+first, so that a part that is late has them. OUT gets few files: gate.log, parts.jsonl, PART.jsonl, caches.tar.xz,
 runs-*.tar.gz.
 
 What the parts look at, each a variable of the environment, or else a file of the folder TRAVEL, which bench/travel.sh
@@ -40,7 +40,7 @@ ROOT = BENCH.parent
 MEGABYTE = 2**20
 LARGEST_FILE = 16 * MEGABYTE  # of what goes back
 LARGEST_LOG = MEGABYTE
-CLOSING_SECONDS = 15  # for packing what goes back
+CLOSING_SECONDS = 25  # for packing what goes back
 FEWEST_SECONDS = 5  # for which no part is started
 PASSED = "passed"
 
@@ -56,7 +56,7 @@ INPUTS = {
         "runs",
         "folder of TABLE.jsonl and runs-*.tar.gz that earlier calls wrote: table1 and others go on from them",
     ),
-    "CACHES": ("caches.tar.gz", "what an earlier call compiled"),
+    "CACHES": ("caches.tar.xz", "what an earlier call compiled"),
     "DALI": ("dali", "folder of DALI's wheels, for a machine that lacks it"),
 }
 
@@ -444,16 +444,20 @@ def unpack_caches(call: Call) -> None:
 
 
 def pack_caches(call: Call) -> None:
-    """Triton's and Inductor's; Triton's alone where both are too large to go back."""
-    target = call.out / "caches.tar.gz"
+    """Triton's and Inductor's, of kernels what a launch reads; Triton's alone where both are too large to go back."""
+    target = call.out / "caches.tar.xz"
     for names in (("triton", "inductor"), ("triton",)):
-        with tarfile.open(target, "w:gz", compresslevel=6) as archive:
+        with tarfile.open(target, "w:xz", preset=1) as archive:
             for name in names:
                 if (call.scratch / "caches" / name).is_dir():
-                    archive.add(call.scratch / "caches" / name, f"caches/{name}")
+                    archive.add(call.scratch / "caches" / name, f"caches/{name}", filter=without_steps_of_compilation)
         if target.stat().st_size <= LARGEST_FILE:
             return
     keep_small(target)
+
+
+def without_steps_of_compilation(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if member.name.endswith((".source", ".ttir", ".ttgir", ".llir", ".ptx")) else member
 
 
 def keep_small(file: Path) -> None:

@@ -6,7 +6,7 @@
 #
 #   CIFAR100=DIR, CIFAR10=DIR   the data sets, as train/run.py takes them: packed at imbalance 100, once
 #   BCL=FILE, SUPCONTRAST=FILE  loss/contrastive.py of BCL's repository, losses.py of SupContrast's
-#   RUNS=FOLDER, CACHES=FILE    what an earlier call gave back: TABLE.jsonl, runs-*.tar.gz; caches.tar.gz
+#   RUNS=FOLDER, CACHES=FILE    what an earlier call gave back: TABLE.jsonl, runs-*.tar.gz; caches.tar.xz
 #   PLATFORM=VERSION            of the machine's Python (default: 3.12)
 #   PYTHON=.venv/bin/python     of this machine
 set -euo pipefail
@@ -30,7 +30,7 @@ for name in CIFAR100 CIFAR10; do
 done
 [[ -z ${BCL:-} ]] || cp "$BCL" "$folder/bcl.py"
 [[ -z ${SUPCONTRAST:-} ]] || cp "$SUPCONTRAST" "$folder/supcontrast.py"
-[[ -z ${CACHES:-} ]] || cp "$CACHES" "$folder/caches.tar.gz"
+[[ -z ${CACHES:-} ]] || cp "$CACHES" "$folder/caches.tar.xz"
 [[ -z ${RUNS:-} ]] || { rm -rf "$folder/runs"; cp -r "$RUNS" "$folder/runs"; }
 git -C "$root" describe --always --dirty --exclude '*' > "$folder/commit"
 (cd "$folder" && du -sh -- * && du -sh . | sed 's/\.$/all of it/')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import tarfile
@@ -215,3 +216,16 @@ def test_rows_that_are_not_well_formed_are_refused(
     file.write_text(f"{line}\n" if line else "", encoding="utf-8")
     assert rows.main([str(file)]) == 1
     assert problem in capsys.readouterr().out
+
+
+def test_what_was_compiled_goes_on_another_machine(call: gpu.Call, machine: Path, tmp_path: Path) -> None:
+    kernel = call.scratch / "caches" / "triton" / "ABC"
+    kernel.mkdir(parents=True)
+    for suffix in ("cubin", "json", "ttir", "ptx"):
+        (kernel / f"kernel.{suffix}").write_text(suffix, encoding="utf-8")
+    gpu.pack_caches(call)
+    (tmp_path / "other").mkdir()
+    other = call._replace(scratch=tmp_path / "other", inputs={"CACHES": call.out / "caches.tar.xz"})
+    gpu.unpack_caches(other)
+    found = sorted(file.name for file in Path(os.environ["TRITON_CACHE_DIR"]).rglob("kernel.*"))
+    assert found == ["kernel.cubin", "kernel.json"]  # all that a launch reads
