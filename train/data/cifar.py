@@ -1,9 +1,13 @@
-"""CIFAR-10 and CIFAR-100 made long-tailed, from torchvision's files or from an image folder, into memory."""
+"""CIFAR-10 and CIFAR-100 made long-tailed, from arrays, torchvision's files or an image folder, into memory."""
 
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.io import ImageReadMode, decode_image
 
@@ -33,7 +37,8 @@ def cifar_lt(name: str, data: Path | None, imbalance: float, shape: ImbalanceSha
     """Long-tailed training set (the first images of each class) and the whole test set, as uint8 arrays.
 
     Classes come in the order of the file's indices, or alphabetically from a folder (its file names are ranks).
-    Raises FileNotFoundError without data, ValueError where a class has too few images for this imbalance.
+    Raises FileNotFoundError without data, ValueError where it is not as it should be or a class has too few images for
+    this imbalance.
     """
     cifar = CIFARS[name]
     balanced = _read(name, cifar, data)
@@ -47,7 +52,9 @@ def cifar_lt(name: str, data: Path | None, imbalance: float, shape: ImbalanceSha
 
 
 def _read(name: str, cifar: Cifar, data: Path | None) -> Published:
-    base = cifar.torchvision.base_folder
+    base, arrays = cifar.torchvision.base_folder, f"{name}.npz"
+    if data is not None and (data / arrays).exists():
+        return _from_arrays(name, cifar.num_classes, data / arrays)
     if data is not None and (data / base).is_dir():
         return _from_torchvision(cifar, data)
     if data is not None and (data / "train").is_dir():
@@ -60,9 +67,85 @@ def _read(name: str, cifar: Cifar, data: Path | None) -> Published:
     raise missing_data(
         name,
         data,
-        [f"{base}/ (torchvision's files)", "or train/CLASS/RANK.png and test/CLASS/RANK.png"],
+        [
+            f"{arrays} (arrays {', '.join(_ARRAYS)})",
+            f"or {base}/ (torchvision's files)",
+            "or train/CLASS/RANK.png and test/CLASS/RANK.png",
+        ],
         f"To download them: torchvision.datasets.{cifar.torchvision.__name__}(DIR, download=True)",
     )
+
+
+class _Form(NamedTuple):
+    """What an array must be: in words, and as a test of it."""
+
+    words: str
+    fits: Callable[[NDArray[Any]], bool]
+
+
+_IMAGES = _Form(
+    "uint8 [n, 32, 32, 3], n >= 1", lambda a: a.dtype == np.uint8 and a.shape[1:] == (32, 32, 3) and len(a) > 0
+)
+_LABELS = _Form("integers [n]", lambda a: a.dtype.kind in "iu" and a.ndim == 1)
+_NAMES = _Form("unicode strings [C]", lambda a: a.dtype.kind == "U" and a.ndim == 1)
+_ARRAYS = {"train": _IMAGES, "train_labels": _LABELS, "test": _IMAGES, "test_labels": _LABELS, "class_names": _NAMES}
+
+
+def _from_arrays(name: str, num_classes: int, file: Path) -> Published:
+    """The arrays of an npz file; raises ValueError with everything that is wrong with it."""
+    with file.open("rb") as opened:
+        if not zipfile.is_zipfile(opened):
+            raise ValueError(f"{file} is no npz file, or a part of one: copy it again")
+        opened.seek(0)
+        arrays, wrong = _read_arrays(opened)
+    fitting = {key: array for key, array in arrays.items() if _ARRAYS[key].fits(array)}
+    wrong += [
+        f"{key} is {array.dtype} {list(array.shape)}, and {_ARRAYS[key].words} is expected"
+        for key, array in arrays.items()
+        if key not in fitting
+    ]
+    wrong += _contradictions(name, num_classes, fitting)
+    if wrong:
+        raise ValueError("\n  ".join([f"{file} does not hold {name}:", *wrong]))
+    train, test = (
+        Samples(np.ascontiguousarray(arrays[part]), arrays[f"{part}_labels"].astype(np.int64))
+        for part in ("train", "test")
+    )
+    return Published(train, test, class_names=arrays["class_names"].tolist())
+
+
+def _read_arrays(file: BinaryIO) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """Those of _ARRAYS that can be read, and why the others can't."""
+    arrays, wrong = {}, []
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            missing = [key for key in _ARRAYS if key not in stored.files]
+            if missing:
+                wrong.append(f"missing: {', '.join(missing)}; it has: {', '.join(stored.files) or 'nothing'}")
+            for key in (key for key in _ARRAYS if key in stored.files):
+                try:
+                    arrays[key] = np.asarray(stored[key])
+                except Exception as error:  # damaged bytes make zipfile and NumPy raise almost anything
+                    wrong.append(f"{key} can't be read: {type(error).__name__}: {error}")
+    except Exception as error:  # the same
+        wrong.append(f"it can't be read: {type(error).__name__}: {error}")
+    return arrays, wrong
+
+
+def _contradictions(name: str, num_classes: int, arrays: dict[str, NDArray[Any]]) -> Iterator[str]:
+    """What is wrong among arrays that are each of their form."""
+    for part in ("train", "test"):
+        images, labels = arrays.get(part), arrays.get(f"{part}_labels")
+        if labels is None:
+            continue
+        if images is not None and len(images) != len(labels):
+            yield f"{part} has {len(images):,} images, and {part}_labels {len(labels):,} labels"
+        outside = labels[(labels < 0) | (labels >= num_classes)]
+        if len(outside):
+            yield f"{part}_labels has {len(outside):,} labels outside 0 to {num_classes - 1}, such as {outside[0]}"
+    names = arrays.get("class_names")
+    if names is not None and len(names) != num_classes:
+        yield f"class_names has {len(names)} names, and {name} has {num_classes} classes"
 
 
 def _from_torchvision(cifar: Cifar, data: Path) -> Published:
