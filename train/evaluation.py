@@ -37,7 +37,8 @@ def evaluate(
 ) -> Evaluation:
     """Classify by the raw logits, without adjustment; each process its share, and what is counted is of all.
 
-    The features are all on the main process, in the order of the images; elsewhere there are this process's.
+    The features are all on the main process, in the order of the images; elsewhere there are this process's. The
+    network runs as it is, also where training compiles it: each other size of batch would be another graph.
 
     Args:
         pictured: bool [n], the images whose features are kept.
@@ -53,7 +54,7 @@ def evaluate(
     features_kept, labels_kept = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.int64)]
     for batch in _until_all_are_done(loader, stopping):
         labels = machine.labels(batch["label"])
-        with machine.autocast():
+        with torch.compiler.set_stance("force_eager"), machine.autocast():
             features = model.backbone(machine.images(batch["x1"])).float()
         counted = count(model.classifier, features, labels, num_classes)
         confusion += counted.confusion

@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rcl_fast.train import checkpoints, engine, loading, run, step_losses, whole_step
 from rcl_fast.train.config import Config, parse, recipe
+from rcl_fast.train.data import device_loader
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.device_loader import DeviceLoader
-from rcl_fast.train.data.loader import training_reading
+from rcl_fast.train.data.draws import NUMBER, Draws, draw, plan
+from rcl_fast.train.data.loader import Batch, training_reading
 from rcl_fast.train.data.samples import Samples
-from rcl_fast.train.data.views import training_kinds
+from rcl_fast.train.data.views import ViewOptions, training_kinds
 from rcl_fast.train.machine import Machine, choose_machine
 from rcl_fast.train.progress import Progress
 from rcl_fast.train.step_losses import NonFiniteLoss, StepLosses
@@ -175,6 +178,107 @@ def test_views_with_randaugment_are_not_compiled(monkeypatch: pytest.MonkeyPatch
     DeviceLoader(reading, torch.device("cpu")).compile()
 
 
+WITHIN = 1.0
+"""Levels of 255, in the mean over a view, by which two correct computations of it may differ.
+
+They round otherwise: a product with the sum that it goes into, a quotient to two units in its last place. What is cut
+off with a fraction does not show, so a pixel is a level away only where its value is whole but for a rounding: one in
+10,000 by jitter's factors, which are any number, and one in five at most by AutoAugment's, which are tenths. A later
+operation hardly more than doubles that in the mean. More is only possible where all of a view hangs on one such value,
+as Equalize's whole view does on a count: these views don't, or the test that rounds otherwise would find them.
+"""
+
+
+def seen_on(device: torch.device, dataset: str) -> tuple[DeviceLoader, ViewOptions]:
+    """128 images in one batch an epoch, not as bright or as dark as they could be: AutoContrast and Equalize show."""
+    options = recipe(dataset, "bcl_rcl").views
+    pixels = np.random.default_rng(0).integers(60, 200, (128, options.image_size, options.image_size, 3), np.uint8)
+    samples = Samples(pixels, np.arange(128) % 4)
+    kinds = training_kinds(options, contrastive=True)
+    return DeviceLoader(training_reading(samples, kinds, options, seed=0, batch_size=128), device), options
+
+
+def batch_of(loader: DeviceLoader, epoch: int) -> Batch:
+    (batch,) = loader.epoch(epoch)
+    return batch
+
+
+def apart(one: Batch, other: Batch, options: ViewOptions) -> torch.Tensor:
+    """How far views are from each other in the mean, in levels of 255: [3 · B], on the CPU."""
+    std = torch.tensor(options.std)[:, None, None]
+    parts = [(one[name].cpu() - other[name].cpu()).mul(255 * std).abs().mean((1, 2, 3)) for name in ("x1", "x2", "x3")]
+    return torch.cat(parts)
+
+
+class RoundedOtherwise(TorchDispatchMode):
+    """Each float32 result that is not exact is up to two units in its last place away, as it may be elsewhere."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name not in {"add", "sub", "rsub", "mul", "div", "bmm", "sum"} or args[0].dtype != torch.float32:
+            return func(*args, **kwargs)
+        wide = func(*tree_map_only(torch.Tensor, lambda part: part.to(torch.float64, copy=True), args), **kwargs)
+        found = func(*args, **kwargs)
+        nudged = found * (1 + 2.0**-22 * (2 * torch.rand_like(found) - 1))
+        return found.copy_(torch.where(wide == found, found, nudged))
+
+
+DATASETS = ["digits_lt", "cifar100_lt"]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_views_that_are_rounded_otherwise_are_the_views(dataset: str) -> None:
+    torch.manual_seed(0)
+    loader, options = seen_on(torch.device("cpu"), dataset)
+    for epoch in range(2):
+        expected = batch_of(loader, epoch)
+        with RoundedOtherwise():
+            found = batch_of(loader, epoch)
+        assert not torch.equal(found["x1"], expected["x1"])  # if only where they are normalised
+        assert apart(found, expected, options).max() <= WITHIN
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_views_without_an_operation_or_with_the_draws_of_others_are_not_the_views(
+    dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, options = seen_on(torch.device("cpu"), dataset)
+    expected = batch_of(loader, 0)
+    kinds = training_kinds(options, contrastive=True)
+    operations = {name for kind in kinds for slot in plan(kind, options).slots for name in slot}
+    assert apart(batch_of(loader, 1), expected, options).median() > 10 * WITHIN
+
+    def without(name: str) -> Callable[..., Draws]:
+        def drawn(kind: Any, *arguments: Any, **named: Any) -> Draws:
+            draws = draw(kind, *arguments, **named)
+            if name in NUMBER:
+                return draws._replace(operations=torch.where(draws.operations == NUMBER[name], 0, draws.operations))
+            part = getattr(draws, name)
+            return draws._replace(**{name: part[:1].expand_as(part)})
+
+        return drawn
+
+    parts = {"areas", "place", "affine"} if dataset == "digits_lt" else {"areas", "place", "flip", "cutout"}
+    for name in sorted(operations | parts):
+        monkeypatch.setattr(device_loader, "draw", without(name))
+        assert apart(batch_of(loader, 0), expected, options).max() > WITHIN, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="views are compiled for a GPU")
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_views_of_a_gpu_are_the_cpus_and_compiled_ones_too(dataset: str) -> None:
+    (cpu, options), (plain, _), (compiled, _) = (
+        seen_on(torch.device(name), dataset) for name in ("cpu", "cuda", "cuda")
+    )
+    compiled.compile()
+    for epoch in range(2):
+        on_cpu, on_gpu, found = (batch_of(loader, epoch) for loader in (cpu, plain, compiled))
+        assert apart(on_gpu, on_cpu, options).max() <= WITHIN
+        assert apart(found, on_gpu, options).max() <= WITHIN
+
+
 def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
     training, loader = started(settings(tmp_path))
     training.network.train()
@@ -303,36 +407,65 @@ def test_a_captured_step_is_the_step(compiled: bool, tmp_path: Path, monkeypatch
     assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], rel=1e-4)
 
 
+SEEDS = 12
+RATES = (0.002, 0.01)  # of an epoch and the next: a graph that kept the first would go on with it
+
+
+@pytest.fixture(scope="module")
+def exact_losses() -> torch.Tensor:
+    return losses_of_cifar(step_by_step, cifar_training("fp32"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_captured_step_of_cifar_in_bf16_is_as_near_to_float32_as_the_step(compiled: bool) -> None:
-    """With AutoAugment, autocast, the fused update and its rate in a tensor, which tests on a CPU leave out."""
-    exact = losses_of_cifar(step_by_step, "fp32", compiled=False)
-    plain = losses_of_cifar(step_by_step, "bf16", compiled)
-    captured = losses_of_cifar(WholeStep.__call__, "bf16", compiled)
-    assert (captured - exact).abs().max() <= 2 * (plain - exact).abs().max()
+@pytest.mark.parametrize("more", [[], ["--compile"]], ids=["eager", "compiled"])
+def test_a_captured_step_of_cifar_in_bf16_is_as_near_to_float32_as_the_step(
+    more: list[str], exact_losses: torch.Tensor
+) -> None:
+    """With AutoAugment, autocast, the fused update and its rate in a tensor, which tests on a CPU leave out.
+
+    Either's errors are bf16's roundings, by whichever algorithms cuDNN found fastest, from the weights of 12 seeds. The
+    ratio of their mean squares at a step is then drawn from F(12, 12), and above 33 (5.8 times the error) in one of 4
+    million cases; errors that both have in common make it rarer still. What is not the step is further off: on a CPU 22
+    times the error with the draws of the epoch before, 69 without an update, 71 with the rate of the epoch before.
+    """
+    training = cifar_training("bf16", *more)
+    plain, captured = (losses_of_cifar(take, training) - exact_losses for take in (step_by_step, WholeStep.__call__))
+    ratios = captured.square().mean(0) / plain.square().mean(0)
+    assert ratios.max() <= float(stats.f.isf(1e-6 / len(ratios), SEEDS, SEEDS))
+
+
+def cifar_training(precision: str, *more: str) -> engine.Training:
+    config = parse(["--dataset", "cifar100_lt", "--precision", precision, *more])
+    return engine.start(config, made_up(32), choose_machine(config.run))
+
+
+def losses_of_cifar(take: Callable[..., dict[str, torch.Tensor]], training: engine.Training) -> torch.Tensor:
+    """float64 [seeds, 4]: of two steps of an epoch and two of the next, on made-up pixels."""
+    training.network.train()
+    step = WholeStep(cifar_loader(training.config, training.machine.device))
+    losses = []
+    for seed in range(SEEDS):
+        begin_anew(training, seed)
+        for epoch, rate in enumerate(RATES, start=len(RATES) * seed):
+            training.optimizer.param_groups[0]["lr"] = rate
+            # Copied, as a graph writes the next one to the same place.
+            losses += [take(step, training, batch)["loss"].clone() for batch in step.order.epoch(epoch)]
+    return torch.stack(losses).view(SEEDS, -1).double().cpu()
+
+
+def begin_anew(training: engine.Training, seed: int) -> None:
+    """From a seed's weights, in the same memory: what is compiled or captured serves all seeds."""
+    run_options = dataclasses.replace(training.config.run, seed=seed)
+    fresh = engine.start(dataclasses.replace(training.config, run=run_options), made_up(32), training.machine)
+    training.model.load_state_dict(fresh.model.state_dict())
+    for state in training.optimizer.state.values():
+        state["momentum_buffer"].zero_()
 
 
 def step_by_step(step: WholeStep, training: engine.Training, batch: dict) -> dict[str, torch.Tensor]:
     rate = torch.zeros((), device=training.machine.device)  # only a graph reads its rate there
     return step._step(training, whole_step.Inputs(batch["index_there"], batch["epoch"], rate))
-
-
-def losses_of_cifar(take: Callable[..., dict[str, torch.Tensor]], precision: str, compiled: bool) -> torch.Tensor:
-    """Of each step of two epochs on made-up pixels [4]."""
-    compiling = ["--compile"] if compiled else []
-    config = parse(["--dataset", "cifar100_lt", "--precision", precision, "--lr", "0.01", *compiling])
-    machine, splits = choose_machine(config.run), made_up(32)
-    training = engine.start(config, splits, machine)
-    training.network.train()
-    step = WholeStep(cifar_loader(config, machine.device))
-    losses = [
-        take(step, training, batch)["loss"].clone()  # a graph writes the next one to the same place
-        for epoch in range(2)
-        for batch in step.order.epoch(epoch)
-    ]
-    return torch.stack(losses).cpu()
 
 
 def cifar_loader(config: Config, device: torch.device) -> DeviceLoader:
@@ -346,18 +479,15 @@ def test_captured_views_are_those_of_each_epoch(tmp_path: Path) -> None:
     """A graph that held the first epoch's draws for ever would train just as smoothly."""
     training, _ = started(settings(tmp_path))
     device = training.machine.device
-    loader = cifar_loader(parse(["--dataset", "cifar100_lt"]), device)
-    images, epoch = torch.arange(20, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    loader, options = seen_on(device, "cifar100_lt")
+    images, epoch = torch.arange(128, device=device), torch.zeros((), dtype=torch.int64, device=device)
     replay = whole_step.capture(lambda: loader.views(images, epoch), training)
-    seen = []
-    for number in (0, 1, 7):
-        epoch.fill_(number)
-        expected = loader.views(images, epoch)
-        found = replay()
-        for name in ("x1", "x2", "x3"):
-            assert torch.equal(found[name], expected[name]), (number, name)
-        seen.append(found["x1"].clone())
-    assert not torch.equal(seen[0], seen[1])
+    first = {name: view.clone() for name, view in replay().items()}
+    assert apart(first, loader.views(images, epoch), options).max() <= WITHIN
+    epoch.fill_(1)
+    second = replay()
+    assert apart(second, loader.views(images, epoch), options).max() <= WITHIN
+    assert apart(second, first, options).median() > 10 * WITHIN
 
 
 class LateEvent:

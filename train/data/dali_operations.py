@@ -128,7 +128,7 @@ def resized_box(shape: Node, ratio: tuple[float, float], areas: Node, ratios: No
     area = rows * columns * areas
     w, h = _rounded(dali_math.sqrt(area * ratios)), _rounded(dali_math.sqrt(area / ratios))
     fits = (w > 0) & (w <= columns) & (h > 0) & (h <= rows)
-    urgency = fits * types.Constant(np.arange(CROP_ATTEMPTS, 0, -1, dtype=np.int32))
+    urgency = fits * types.Constant(np.arange(CROP_ATTEMPTS, 0, -1, dtype=np.int32), device="cpu")
     highest = fn.reductions.max(urgency)
     if highest > 0:
         first = urgency == highest
@@ -218,8 +218,10 @@ def brightness(images: Node, factor: Node) -> Node:
 
 
 def contrast(images: Node, factor: Node) -> Node:
-    mean = fn.reductions.mean(_gray(images)).cpu()
-    return fn.contrast(images, contrast=factor, contrast_center=dali_math.floor(mean + 0.5))
+    """About the mean gray. DALI's own takes that from the CPU, where a GPU's would have to be waited for."""
+    mean = dali_math.floor(fn.reductions.mean(_gray(images)) + 0.5)
+    factor = _beside(images, factor)
+    return fn.cast(images * factor + (mean - mean * factor), dtype=types.UINT8)
 
 
 def saturation(images: Node, factor: Node) -> Node:
@@ -285,16 +287,16 @@ def invert(images: Node, _: Node) -> Node:
 
 
 def posterize(images: Node, bits: Node) -> Node:
-    return images & fn.cast(256 - dali_math.pow(2.0, 8 - bits), dtype=types.UINT8)
+    return images & _beside(images, fn.cast(256 - dali_math.pow(2.0, 8 - bits), dtype=types.UINT8))
 
 
 def solarize(images: Node, threshold: Node) -> Node:
-    return images ^ ((images >= threshold) * _byte(255))
+    return images ^ ((images >= _beside(images, threshold)) * _byte(255))
 
 
 def solarize_add(images: Node, added: Node) -> Node:
     """`added`: at most 128."""
-    return images + (images < 128) * fn.cast(added, dtype=types.UINT8)
+    return images + (images < 128) * _beside(images, fn.cast(added, dtype=types.UINT8))
 
 
 def sharpness(images: Node, factor: Node) -> Node:
@@ -370,11 +372,17 @@ def _exchange_red_and_blue(images: Node) -> Node:
     return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.BGR)
 
 
+def _beside(images: Node, values: Node) -> Node:
+    """Values that came from the CPU, where the images are: operators with both would copy them there unasked."""
+    return values.gpu() if images.device == "gpu" else values
+
+
 def _blend(base: Node, images: Node, factor: Node) -> Node:
     """base + factor · (images − base), rounded once: a filter of two rows, which OpenCV is fastest with on the CPU."""
     weights = fn.reshape(fn.stack(factor, 1 - factor), shape=[2, 1])
     rows = fn.reshape(fn.cat(images, base, axis=0), shape=[2, -1, 3], layout="HWC")
-    return fn.reshape(fn.filter(rows, weights, mode="valid"), images.shape(dtype=types.INT32), layout="HWC")
+    blended = fn.filter(rows, _beside(images, weights), mode="valid")
+    return fn.reshape(blended, images.shape(dtype=types.INT32), layout="HWC")
 
 
 def _rounded(values: Node) -> Node:

@@ -26,6 +26,9 @@ from rcl_fast.train.data.views import ViewKind, ViewOptions
 
 pytest.importorskip("nvidia.dali")
 
+from nvidia.dali import Pipeline, data_node, ops
+from nvidia.dali import math as dali_math
+
 from rcl_fast.train.data import dali_loader
 from rcl_fast.train.data.dali_compiled import compiled_colours
 from rcl_fast.train.data.dali_operations import Colours
@@ -220,6 +223,52 @@ def by_index(loader: Loader, epoch: int) -> torch.Tensor:
 def mean_levels_apart(one: torch.Tensor, other: torch.Tensor) -> float:
     std = torch.tensor(OPTIONS.std)[:, None, None]
     return float((255 * std * (one - other)).abs().mean())
+
+
+def copied_unasked(pipeline: Pipeline) -> list[str]:
+    """Where a GPU's graph reads a value from another device than it was made on or is wanted on, without `.gpu()`.
+
+    The shape of a batch is no value: the CPU knows it anyway. What a "mixed" operator decodes is the CPU's.
+    """
+    found = []
+    for instance in pipeline._ops:
+        operator = instance._op
+        for number, node in enumerate(instance.inputs):
+            is_argument = number >= instance.spec.NumRegularInput()
+            wanted = "cpu" if is_argument else operator.schema.GetInputDevice(number, None, operator.device)
+            misplaced = node.device != wanted and operator.schema_name != "_Shape" and operator.device != "mixed"
+            fetched = node.device == "cpu" and node.source._op.device != "cpu"
+            if misplaced or fetched:
+                found.append(f"{operator.schema_name} on the {operator.device}: input {number} of the {node.device}")
+    return found
+
+
+@pytest.mark.parametrize("in_files", [False, True], ids=["pixels", "files"])
+@pytest.mark.parametrize("kinds", [KINDS, ("sim_randaugment", "crop_flip"), ("digits", "digits_sim"), ()], ids="+".join)
+def test_a_gpus_graph_copies_nothing_unasked(
+    kinds: tuple[ViewKind, ...], in_files: bool, files: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is defined, without a GPU to run it. Arithmetic with both devices would itself bring all to the GPU."""
+    mixed = []
+
+    def arithmetic(name: str, *inputs: object, **more: object) -> data_node.DataNode:
+        if len({node.device for node in inputs if isinstance(node, data_node.DataNode)}) > 1:
+            mixed.append(name)
+        return ops._arithm_op(name, *inputs, **more)
+
+    for module in (data_node, dali_math):
+        monkeypatch.setattr(module, "_arithm_op", arithmetic)
+    options = dataclasses.replace(OPTIONS, evaluation="resize_center_crop", resize=20)
+    samples = files if in_files else marked()
+    if kinds:
+        reading = training_reading(samples, kinds, options, seed=0, batch_size=8)
+    else:
+        reading = evaluation_reading(samples, options, batch_size=8)
+    pipeline = dali_loader._views(dali_loader._Source(reading, {}), reading, batch_size=8, num_threads=1, device_id=0)
+    pipeline._build_graph()
+    assert {instance._op.device for instance in pipeline._ops} >= {"cpu", "gpu"}
+    assert mixed == []
+    assert copied_unasked(pipeline) == []
 
 
 def test_a_large_image_goes_through_three_different_views(tmp_path: Path) -> None:
