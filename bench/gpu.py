@@ -5,7 +5,7 @@
     bench/gpu.sh OUT gate+cifar1 --dry-run           any machine: proves the script; its rows say so
 
 A part that is red, late or left out stops no other: it is a row in OUT/parts.jsonl, and the exit status is 1. The rows
-of all parts say what the tests of the same call said ("gate"). A part writes its rows as it goes, the most important
+of all parts say what the tests said on that machine ("gate"). A part writes its rows as it goes, the most important
 first, so that a part that is late has them. OUT gets few files: gate.log, parts.jsonl, PART.jsonl, caches.tar.xz,
 runs-*.tar.gz.
 
@@ -43,6 +43,7 @@ LARGEST_LOG = MEGABYTE
 CLOSING_SECONDS = 25  # for packing what goes back
 FEWEST_SECONDS = 5  # for which no part is started
 PASSED = "passed"
+TESTS = ("gate", "captured")  # the parts whose word stands in every row
 
 TRAINER = ("tyro", "rich", "tensorboard", "plotly", "jinja2", "timm", "torchvision", "sklearn")
 
@@ -231,12 +232,13 @@ def reproduced(table: str, dataset: str) -> Callable[[Call], Commands]:
         how = ["--jobs-per-device", os.environ.get("JOBS", "3"), "--more=--cuda-graph --compile"]
         setting = ["--dataset", dataset, *source, *how]
         if call.dry_run:
-            setting = ["--dataset", "digits_lt", "--epochs", "1", "--seeds", "1", "--only", "BCL+RCL"]
+            row = "off" if table == "compression" else "BCL+RCL"
+            setting = ["--dataset", "digits_lt", "--epochs", "1", "--seeds", "1", "--only", row]
         command = ["train/reproduce.py", table, *setting, "--folder", str(folder), *known]
         status = yield python(*command)._replace(grace=40)  # the runs under way save themselves
         shown = yield python(*command, "--no-run", "--output", str(call.scratch / "tables"))
         if shown == PASSED:
-            give_back_rows(call.scratch / "tables" / f"{table}.jsonl", call.out)
+            give_back_rows(call.scratch / "tables", table, call.out)
         pack_runs(folder, call.out)
         return status
 
@@ -257,11 +259,12 @@ def bring_runs(call: Call, folder: Path) -> None:
                 archive.extractall(folder, wanted, filter="data")
 
 
-def give_back_rows(file: Path, out: Path) -> None:
+def give_back_rows(folder: Path, table: str, out: Path) -> None:
     """The rows of a table, each with what the others say of this call; those of an earlier call have it already."""
-    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    lines = [json.dumps({**rows.describe(), **row}) + "\n" for row in found]
-    (out / file.name).write_text("".join(lines), encoding="utf-8")
+    for file in folder.glob(f"{table}*.jsonl"):  # the name says what is not the paper's
+        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [json.dumps({**rows.describe(), **row}) + "\n" for row in found]
+        (out / file.name).write_text("".join(lines), encoding="utf-8")
 
 
 def pack_runs(folder: Path, out: Path) -> None:
@@ -470,6 +473,20 @@ def keep_small(file: Path) -> None:
         file.unlink()
 
 
+def keep_verdict(call: Call) -> None:
+    """For the next call on this machine."""
+    said = {"commit": rows.describe()["commit"], "gate": os.environ["RCL_GATE"]}
+    (call.scratch / "verdict.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def recall_verdict(call: Call) -> None:
+    """What the tests of this commit said in an earlier call on this machine."""
+    with suppress(OSError):
+        said = json.loads((call.scratch / "verdict.json").read_text(encoding="utf-8"))
+        if said["commit"] == rows.describe()["commit"]:
+            os.environ.setdefault("RCL_GATE", f"{said['gate']}, in an earlier call")
+
+
 def inputs() -> dict[str, Path]:
     """Those that are there; raises SystemExit with each that is named and is not."""
     travel = os.environ.get("TRAVEL")
@@ -519,16 +536,16 @@ def main(arguments: list[str]) -> int:
     call = Call(options.out.resolve(), scratch, inputs(), options.dry_run, time.monotonic() + options.budget)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that nothing is left running
     unpack_caches(call)
+    recall_verdict(call)
     print(f"{'+'.join(options.parts)} within {options.budget:.0f} s; rows and logs in {call.out}", flush=True)
     statuses: dict[str, str] = {}
     for name in options.parts:
         row = run_part(name, call)
         print(f"== {name}: {row['status']} ({row['seconds']} s)", flush=True)
         statuses[name] = row["status"]
-        if name in ("gate", "captured"):
-            os.environ["RCL_GATE"] = "; ".join(
-                f"{test} {statuses[test]}" for test in ("gate", "captured") if test in statuses
-            )
+        if name in TESTS:
+            os.environ["RCL_GATE"] = "; ".join(f"{test} {statuses[test]}" for test in TESTS if test in statuses)
+            keep_verdict(call)
         rows.append(call.out / "parts.jsonl", [row], call.dry_run)
     pack_caches(call)
     print("\n" + "\n".join(f"{name:12} {status}" for name, status in statuses.items()), flush=True)

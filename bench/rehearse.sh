@@ -28,7 +28,7 @@ done
 
 # The queue: what is asked first, and within how many seconds.
 queue=(
-  "1 gate+captured+speed+profile 540" # right, and fast
+  "1 gate+speed+profile+captured 540" # right, and fast
   "2 cifar1 345"                      # the first real accuracy; with the first call it fills a rental
   "3 table1 540"
   "4 table2+compression 540"

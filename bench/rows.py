@@ -20,13 +20,13 @@ from rcl_fast import provenance
 
 Row = dict[str, Any]
 
-# What every row says; "gate" is what the tests said on that machine in the same call of bench/gpu.sh.
+# What every row says; "gate" is what the tests said on that machine, if bench/gpu.sh ran them there.
 REQUIRED = ("date", "commit", "cpu", "gpu", "python", "torch", "triton", "gate")
 
 
 def describe() -> Row:
     """Machine, driver, versions, commit, and what the tests said on this machine before."""
-    gate = os.environ.get("RCL_GATE", "not run in this call")
+    gate = os.environ.get("RCL_GATE", "not run here")
     return {**provenance.describe(), "cuda": torch.version.cuda, "triton": _triton(), **_driver(), "gate": gate}
 
 

@@ -73,6 +73,18 @@ def test_a_red_part_stops_no_other_and_shows_in_rows_and_exit_status(
     assert rows.main([str(machine / "parts.jsonl")]) == 0
 
 
+def test_the_next_call_on_a_machine_knows_what_the_tests_said(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PARTS", {"gate": part("pass"), "speed": part("pass")})
+    for name in ("gate", "speed"):
+        monkeypatch.delenv("RCL_GATE", raising=False)
+        gpu.main([str(machine), name, "--dry-run"])
+    monkeypatch.delenv("RCL_GATE", raising=False)
+    monkeypatch.setenv("RCL_COMMIT", "another")
+    gpu.main([str(machine), "speed", "--dry-run"])
+    found = [row["gate"] for row in rows_of(machine / "parts.jsonl")]
+    assert found == ["gate passed", "gate passed, in an earlier call", "not run here"]
+
+
 def test_parts_that_passed_exit_with_0(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PARTS", {"a": part("pass"), "b": part("pass")})
     assert gpu.main([str(machine), "a+b", "--dry-run"]) == 0
