@@ -105,7 +105,9 @@ def cases(options: Options, folder: Path) -> Iterator[Case]:
 
 
 def repeated(samples: Samples, count: int) -> Samples:
-    return take(samples, np.arange(count) % len(samples))
+    """So many, again and again where they are fewer, in no order: published sets are sorted by class."""
+    order = np.random.default_rng(0).permutation(len(samples))
+    return take(samples, order[np.arange(count) % len(samples)])
 
 
 def made_up(folder: Path, count: int = 32) -> list[str]:
@@ -172,7 +174,7 @@ def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
     )
     on = choose_machine(settings.run)
     labels = case.samples.labels
-    counts = np.bincount(labels)
+    counts = np.bincount(labels).clip(min=1)  # part of a set may lack a class
     names = [str(number) for number in range(len(counts))]
     splits = Splits(case.samples, case.samples, case.samples, names, counts, "nothing")
     training = engine.start(settings, splits, on)

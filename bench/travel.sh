@@ -7,10 +7,11 @@
 #   CIFAR100=DIR, CIFAR10=DIR   the data sets, as train/run.py takes them: packed at imbalance 100, once
 #   BCL=FILE, SUPCONTRAST=FILE  loss/contrastive.py of BCL's repository, losses.py of SupContrast's
 #   RUNS=FOLDER, CACHES=FILE    what an earlier call gave back: TABLE.jsonl, runs-*.tar.gz; caches.tar.xz
+#   DALI=FOLDER                 outside FOLDER, for it travels in pieces: gets DALI's wheels (bench/dali_wheels.txt)
 #   PLATFORM=VERSION            of the machine's Python (default: 3.12)
 #   PYTHON=.venv/bin/python     of this machine
 set -euo pipefail
-[[ $# == 1 && $1 != -* ]] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+[[ $# == 1 && $1 != -* ]] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$root/.venv/bin/python}
 mkdir -p "$1"
@@ -19,9 +20,14 @@ folder=$(cd "$1" && pwd)
 # Exactly those that bench/gpu_stack.txt lacks, as the lock has them.
 rm -rf "$folder/wheels"
 mkdir "$folder/wheels"
-wanted=$(grep -E '^(tyro|typeguard|docstring-parser|plotly)==' "$root/requirements.lock" | sed 's/ *;.*//')
-"$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$folder/wheels" \
-  --python-version "${PLATFORM:-3.12}" --implementation cp --platform manylinux2014_x86_64 $wanted
+wheels() { # FOLDER FILE: those that the file names
+  "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$1" --requirement "$2" \
+    --python-version "${PLATFORM:-3.12}" --implementation cp --platform manylinux2014_x86_64 \
+    --platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64
+}
+grep -E '^(tyro|typeguard|docstring-parser|plotly)==' "$root/requirements.lock" > "$folder/wheels/names"
+wheels "$folder/wheels" "$folder/wheels/names"
+[[ -z ${DALI:-} ]] || wheels "$DALI" "$root/bench/dali_wheels.txt"
 
 for name in CIFAR100 CIFAR10; do
   target=$folder/${name,,}_lt.tar
