@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def measured(way: Way, seeds: list[int], options: Options, is_first: bool) -> di
         folders = [(options.keep or Path(temporary)) / f"{way}-{seed}{together}" for seed in seeds]
         began = time.perf_counter()
         processes = [start(way, seed, into, options) for seed, into in zip(seeds, folders, strict=True)]
-        statuses = [process.wait() for process in processes]
+        statuses = waited(processes)
         seconds = time.perf_counter() - began
         for status, into in zip(statuses, folders, strict=True):
             if status:
@@ -123,6 +124,16 @@ def measured(way: Way, seeds: list[int], options: Options, is_first: bool) -> di
     }
     print(f"{way}, {len(seeds)} at once: {seconds:.0f} s", flush=True)
     return row
+
+
+def waited(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Their exit statuses. SIGTERM, which reaches them too, waits until they have saved themselves."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.wait()
 
 
 def start(way: Way, seed: int, folder: Path, options: Options) -> subprocess.Popen[bytes]:

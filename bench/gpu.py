@@ -7,7 +7,7 @@
 A part that is red, late or left out stops no other: it is a row in OUT/parts.jsonl, and the exit status is 1. The rows
 of all parts say what the tests said on that machine ("gate"). A part writes its rows as it goes, the most important
 first, so that a part that is late has them. OUT gets few files: gate.log, parts.jsonl, PART.jsonl, caches.tar.xz,
-runs-*.tar.gz.
+runs.tar.gz.
 
 What the parts look at, each a variable of the environment, or else a file of the folder TRAVEL, which bench/travel.sh
 fills:
@@ -25,11 +25,13 @@ import subprocess
 import sys
 import tarfile
 import time
+import traceback
 from collections.abc import Callable, Generator
 from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 from xml.etree import ElementTree
 
 import rows
@@ -41,8 +43,11 @@ MEGABYTE = 2**20
 LARGEST_FILE = 16 * MEGABYTE  # of what goes back
 LARGEST_LOG = MEGABYTE
 CLOSING_SECONDS = 25  # for packing what goes back
+SHOWING_SECONDS = 60  # of a table's part, for its rows
 FEWEST_SECONDS = 5  # for which no part is started
 PASSED = "passed"
+STOPPED = "late: the call was stopped"
+EARLIER = ", in an earlier call"
 TESTS = ("gate", "captured")  # the parts whose word stands in every row
 
 TRAINER = ("tyro", "rich", "tensorboard", "plotly", "jinja2", "timm", "torchvision", "sklearn")
@@ -55,7 +60,7 @@ INPUTS = {
     "JPEGS": ("jpegs", "folder of JPEG files below class folders; without it images are made up"),
     "RUNS": (
         "runs",
-        "folder of TABLE.jsonl and runs-*.tar.gz that earlier calls wrote: table1 and others go on from them",
+        "folder of TABLE.jsonl and runs.tar.gz that earlier calls wrote: table1 and others go on from them",
     ),
     "CACHES": ("caches.tar.xz", "what an earlier call compiled"),
     "DALI": ("dali", "folder of DALI's wheels, for a machine that lacks it"),
@@ -69,6 +74,7 @@ class Command(NamedTuple):
     folder: Path = ROOT  # where it runs
     seconds: float = math.inf  # at most, and what is left of its part
     log: Path | None = None  # where its output goes; None: here
+    reserve: float = 0  # seconds of its part that are for the commands behind it
     # How it is asked to end, and for how long. SIGINT goes to the one process, whose workers it ends; SIGTERM to all.
     stop: signal.Signals = signal.SIGTERM
     grace: float = 5
@@ -103,6 +109,7 @@ class Part(NamedTuple):
     about: str
     commands: Callable[[Call], Commands]
     needs: tuple[str, ...] = ()  # packages
+    data: str | None = None  # the one of INPUTS without which it says nothing
 
 
 def gate(call: Call) -> Commands:
@@ -117,7 +124,8 @@ def gate(call: Call) -> Commands:
 
 def captured(call: Call) -> Commands:
     """The trainer's tests that need a GPU, whole steps in CUDA graphs and compiled views; tune's."""
-    return (yield from tests(call, "captured", "-m", "gpu", "tests/train", "tests/test_tune.py"))
+    where = ["tests/train/test_whole_step.py", "tests/test_tune.py"]
+    return (yield from tests(call, "captured", "-m", "gpu", *where))
 
 
 def tests(call: Call, name: str, *arguments: str) -> Commands:
@@ -129,7 +137,7 @@ def tests(call: Call, name: str, *arguments: str) -> Commands:
     there = [str(ROOT / argument) if argument.startswith("tests/") else argument for argument in arguments]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *how, *there]
     # Python looks into the current folder first, and ROOT/rcl_fast lacks the kernels.
-    status = yield Command(command, folder=call.scratch / "import", log=log, stop=signal.SIGINT, grace=15)
+    status = yield Command(command, folder=call.scratch / "import", log=log, stop=signal.SIGINT, grace=25)
     shorten(log)
     print(*important_lines(log), sep="\n", flush=True)
     return status if call.dry_run else verdict(status, report)
@@ -143,7 +151,9 @@ def verdict(status: str, report: Path) -> str:
             {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")} for suite in suites
         ]
     except (OSError, ElementTree.ParseError):
-        return f"{status}, and no report" if status == PASSED else status
+        counts = []
+    if not counts:
+        return "red: no report" if status == PASSED else status
     total = {name: sum(count[name] for count in counts) for name in counts[0]}
     ran, failed = total["tests"] - total["skipped"], total["failures"] + total["errors"]
     if failed:
@@ -197,7 +207,9 @@ def cifar_runs(call: Call, *arguments: str, keep: Path | None = None) -> Command
     more = [] if keep is None else ["--keep", str(keep)]
     output = ["--output", str(call.out / "cifar.jsonl")]
     source = [] if call.dry_run else flags(call, {"CIFAR100": "--data"})
-    return python("bench/cifar.py", *source, *arguments, *output, *more, *call.dry)._replace(grace=30)
+    return python("bench/cifar.py", *source, *arguments, *output, *more, *call.dry)._replace(
+        grace=30
+    )  # a run saves itself
 
 
 def cifar1(call: Call) -> Commands:
@@ -207,8 +219,11 @@ def cifar1(call: Call) -> Commands:
     status = yield cifar_runs(call, "--ways", "graph", "--seeds", "1", keep=kept)
     if status.startswith("red"):
         yield cifar_runs(call, "--ways", "plain", "--seeds", "1", "--epochs", "20", keep=kept)
-    for curve in kept.glob("*/metrics.jsonl"):
-        shutil.copy(curve, call.out / f"{curve.parent.name}.curve.json")
+    for run_folder in sorted(kept.glob("*/")):
+        curve = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows.append(call.out / f"curve-{run_folder.name}.jsonl", curve, call.dry_run)
+        if status != PASSED:
+            shutil.copy(run_folder.with_suffix(".log"), call.out)
     return status
 
 
@@ -227,18 +242,25 @@ def reproduced(table: str, dataset: str) -> Callable[[Call], Commands]:
     def commands(call: Call) -> Commands:
         folder = call.scratch / "runs"
         bring_runs(call, folder)
-        known = [text for file in sorted(folder.glob("*.jsonl")) for text in ("--rows", str(file))]
+        known = [text for file in sorted(folder.glob("*.jsonl")) if has_keys(file) for text in ("--rows", str(file))]
         source = flags(call, {"CIFAR100" if dataset == "cifar100_lt" else "CIFAR10": "--data"})
-        how = ["--jobs-per-device", os.environ.get("JOBS", "3"), "--more=--cuda-graph --compile"]
+        how = [
+            "--jobs-per-device",
+            str(jobs_per_device()),
+            f"--more={os.environ.get('MORE', '--cuda-graph --compile')}",
+        ]
         setting = ["--dataset", dataset, *source, *how]
         if call.dry_run:
             row = "off" if table == "compression" else "BCL+RCL"
             setting = ["--dataset", "digits_lt", "--epochs", "1", "--seeds", "1", "--only", row]
         command = ["train/reproduce.py", table, *setting, "--folder", str(folder), *known]
-        status = yield python(*command)._replace(grace=40)  # the runs under way save themselves
+        # The runs under way save themselves.
+        status = yield python(*command)._replace(grace=40, reserve=SHOWING_SECONDS)
         shown = yield python(*command, "--no-run", "--output", str(call.scratch / "tables"))
         if shown == PASSED:
-            give_back_rows(call.scratch / "tables", table, call.out)
+            give_back_rows(call, table)
+        else:
+            print(f"no rows of {table}: {shown}; its runs are in runs.tar.gz", flush=True)
         pack_runs(folder, call.out)
         return status
 
@@ -246,68 +268,86 @@ def reproduced(table: str, dataset: str) -> Callable[[Call], Commands]:
 
 
 def bring_runs(call: Call, folder: Path) -> None:
-    """Rows and half-done runs of earlier calls, where this machine has not gone on with them already."""
+    """Rows and runs of earlier calls, where this machine has not gone on with them already."""
     folder.mkdir(parents=True, exist_ok=True)
     came_back = call.inputs.get("RUNS")
     for file in sorted(came_back.iterdir()) if came_back else []:
         if file.suffix == ".jsonl":
             shutil.copy(file, folder)
-        elif file.name.startswith("runs-"):
+        elif file.name.startswith("runs"):
             with tarfile.open(file) as archive:
                 here = {run.name for run in folder.iterdir()}
                 wanted = [member for member in archive if member.name.split("/")[0] not in here]
                 archive.extractall(folder, wanted, filter="data")
 
 
-def give_back_rows(folder: Path, table: str, out: Path) -> None:
+def has_keys(file: Path) -> bool:
+    """Whether its rows are those of a table."""
+    return all("key" in json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+
+
+def give_back_rows(call: Call, table: str) -> None:
     """The rows of a table, each with what the others say of this call; those of an earlier call have it already."""
-    for file in folder.glob(f"{table}*.jsonl"):  # the name says what is not the paper's
+    about = {**rows.describe(), "jobs_per_device": jobs_per_device(), **({"dry_run": True} if call.dry_run else {})}
+    for file in (call.scratch / "tables").glob(f"{table}*.jsonl"):  # the name says what is not the paper's
         found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        lines = [json.dumps({**rows.describe(), **row}) + "\n" for row in found]
-        (out / file.name).write_text("".join(lines), encoding="utf-8")
+        lines = [json.dumps({**about, **row}) + "\n" for row in found]
+        (call.out / file.name).write_text("".join(lines), encoding="utf-8")
+
+
+def jobs_per_device() -> int:
+    return int(os.environ.get("JOBS", "3"))
 
 
 def pack_runs(folder: Path, out: Path) -> None:
-    """The runs that are half done, without what their resumption does not read, in few files that are small enough."""
-    parcels: list[list[Path]] = []
-    room = 0
-    for run in half_done(folder):
-        files = [file for file in sorted(run.iterdir()) if file.is_file() and is_read_again(file)]
-        size = sum(file.stat().st_size for file in files)
+    """What finished runs gave, then the runs under way, the furthest first, as many as are small enough to go back."""
+    room, files, left_out = LARGEST_FILE, [], []
+    for run in sorted(folder.glob("*/metrics.jsonl"), key=progress, reverse=True):
+        of_run = [file for file in sorted(run.parent.iterdir()) if is_read_again(file, is_finished(run.parent))]
+        size = sum(file.stat().st_size for file in of_run)
         if size > room:
-            parcels.append([])
-            room = LARGEST_FILE
-        parcels[-1] += files
+            left_out.append(run.parent.name)
+            continue
+        files += of_run
         room -= size
-    for number, files in enumerate(parcels, 1):
-        target = out / f"runs-{number}.tar.gz"
-        with tarfile.open(target, "w:gz", compresslevel=1) as archive:
+    if left_out:
+        print(f"runs that do not go back, as {LARGEST_FILE // MEGABYTE} MiB do: {', '.join(left_out)}", flush=True)
+    if files:
+        with tarfile.open(out / "runs.tar.gz", "w:gz", compresslevel=1) as archive:
             for file in files:
                 archive.add(file, file.relative_to(folder))
-        keep_small(target)
 
 
-def half_done(folder: Path) -> list[Path]:
-    states = {
-        file.parent: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/status.json"))
-    }
-    return [run for run, state in states.items() if state["status"] != "finished"]
+def progress(curve: Path) -> tuple[bool, int]:
+    """Whether a run has finished, and its epochs."""
+    return is_finished(curve.parent), curve.read_bytes().count(b"\n")
 
 
-def is_read_again(file: Path) -> bool:
-    return file.name not in ("previous.pt", ".lock") and not file.name.startswith("events.")
+def is_finished(run: Path) -> bool:
+    status = run / "status.json"
+    return status.is_file() and json.loads(status.read_text(encoding="utf-8"))["status"] == "finished"
+
+
+def is_read_again(file: Path, finished: bool) -> bool:
+    """Of a finished run its figures; of another one what it goes on from: whole epochs."""
+    kept = ("config.json", "metrics.json", "metrics.jsonl", "status.json", "provenance.json", "output.log")
+    return file.name in kept or (not finished and file.name in ("last.pt", "best.pt"))
 
 
 def tune(call: Call) -> Commands:
-    """Tiles by time for the entries that matter, and the speed before and after."""
-    cases = ["--case", "CIFAR batch", "--case", "ImageNet-LT batch", "--case", "large, narrow"]
-    yield loss(call, "speed", "--seconds", "1", *cases)
-    for kernel, width in (("forward", 128), ("backward", 128), ("weights", 2048)):
+    """Tiles by time for the entries of the large cases, and these before and after."""
+    cases = ["--seconds", "2", "--variant", "triton", "--case", "large, narrow", "--case", "large, wide"]
+    yield loss(call, "speed", *cases)
+    before = (ROOT / "kernels" / "table.py").read_bytes()
+    for kernel, width in (("backward", 128), ("forward", 128), ("weights", 2048), ("forward", 2048)):
         entry = ["--kernel", kernel, "--kind", "half", "--width", str(width), "--size", "large"]
-        dry = ["--dry-run", "--arch", "90", "--most", "2"] if call.dry_run else ["--write"]
-        yield python("bench/tune.py", *entry, *dry, "--output", str(call.out / "tune.jsonl"))
-    shutil.copy(ROOT / "kernels" / "table.py", call.out / "table.py")
-    yield loss(call, "speed", "--seconds", "1", *cases)
+        how = ["--most", "2", "--dry-run", "--arch", "90"] if call.dry_run else ["--most", "12", "--write"]
+        command = python("bench/tune.py", *entry, "--seconds", "25", *how, "--output", str(call.out / "tune.jsonl"))
+        yield command._replace(reserve=SHOWING_SECONDS)
+    if (ROOT / "kernels" / "table.py").read_bytes() != before:  # from here on this is not the commit's code
+        os.environ["RCL_COMMIT"] = f"{rows.describe()['commit']}+tuned"
+        shutil.copy(ROOT / "kernels" / "table.py", call.out / "table.py")
+    yield loss(call, "speed", *cases)
     return None
 
 
@@ -336,7 +376,7 @@ def dali(call: Call) -> Commands:
         yield python("-m", "pip", "install", *how, "--target", str(call.scratch / "site"), *wheels)
     if (yield python("-c", "import nvidia.dali")) != PASSED:
         return "left out: no nvidia.dali here (DALI=folder of its wheels brings it)"
-    return (yield from tests(call, "dali", "-m", "gpu", "tests/train/data"))
+    return (yield from tests(call, "dali", "-m", "gpu", "tests/train/data/test_dali_on_a_gpu.py"))
 
 
 def flags(call: Call, names: dict[str, str]) -> list[str]:
@@ -366,11 +406,11 @@ PARTS = {
     "profile": Part(60, "time of each kernel", profile),
     "memory": Part(80, "memory of the loss", memory),
     "largest": Part(90, "time of the loss at a million anchors", largest),
-    "cifar1": Part(330, "one run on CIFAR-100-LT, 200 epochs", cifar1, TRAINER),
-    "cifar": Part(400, "ways to take CIFAR's steps, runs at once", cifar, TRAINER),
-    "table1": Part(540, "table 1 on CIFAR-100-LT, going on", reproduced("table1", "cifar100_lt"), TRAINER),
-    "table2": Part(540, "table 2 on CIFAR-10-LT, going on", reproduced("table2", "cifar10_lt"), TRAINER),
-    "compression": Part(540, "the compression rules, going on", reproduced("compression", "cifar100_lt"), TRAINER),
+    "cifar1": Part(330, "one run on CIFAR-100-LT, 200 epochs", cifar1, TRAINER, "CIFAR100"),
+    "cifar": Part(400, "ways to take CIFAR's steps, runs at once", cifar, TRAINER, "CIFAR100"),
+    "table1": Part(540, "table 1 on CIFAR-100-LT, going on", reproduced("table1", "cifar100_lt"), TRAINER, "CIFAR100"),
+    "table2": Part(540, "table 2 on CIFAR-10-LT, going on", reproduced("table2", "cifar10_lt"), TRAINER, "CIFAR10"),
+    "compression": Part(540, "compression, going on", reproduced("compression", "cifar100_lt"), TRAINER, "CIFAR100"),
     "tune": Part(400, "tiles by time, the loss before and after", tune),
     "dali": Part(200, "DALI's views on the GPU", dali, TRAINER),
     "data": Part(240, "the loaders", data, TRAINER),
@@ -387,12 +427,15 @@ def run_part(name: str, call: Call) -> rows.Row:
     missing = [package for package in part.needs if find_spec(package) is None]
     if missing:
         return {**row, "status": f"left out: no {', '.join(missing)} here (WHEELS=folder brings them)"}
+    if part.data and part.data not in call.inputs and not (call.dry_run and "TRAVEL" not in os.environ):
+        return {**row, "status": f"left out: no {part.data} here ({INPUTS[part.data][1]})"}
     if limit < FEWEST_SECONDS:
         return {**row, "status": "late: no time was left to start it"}
     began = time.monotonic()
     try:
         status = follow(part.commands(call), began + limit)
-    except (OSError, subprocess.CalledProcessError, tarfile.TarError) as error:
+    except Exception as error:  # whatever it is, the other parts go on
+        traceback.print_exc()
         status = f"red: {type(error).__name__}: {error}"
     return {**row, "status": status, "seconds": round(time.monotonic() - began, 1)}
 
@@ -403,21 +446,23 @@ def follow(commands: Commands, ends: float) -> str:
     try:
         command = next(commands)
         while True:
-            statuses.append(run(command, min(command.seconds, ends - time.monotonic())))
+            statuses.append(run(command, min(command.seconds, ends - time.monotonic() - command.reserve)))
             command = commands.send(statuses[-1])
     except StopIteration as ended:
-        worst = next((status for status in statuses if status != PASSED), PASSED)
-        return ended.value or worst
+        word = ended.value or next((status for status in statuses if status != PASSED), PASSED)
+        return word if STOPPED in word or STOPPED not in statuses else f"{word}, {STOPPED}"
 
 
 def run(command: Command, seconds: float) -> str:
-    """Run a process for so many seconds at most; what became of it."""
+    """Run a process for so many seconds at most; what became of it. Nothing that it started is left."""
     if seconds < FEWEST_SECONDS:
         return "late: no time was left for its last steps"
+    mark = f"RCL_COMMAND={uuid4().hex}"
     with command.log.open("wb") if command.log else nullcontext() as log:
         process = subprocess.Popen(
             command.arguments,
             cwd=command.folder,
+            env={**os.environ, **dict([mark.split("=")])},
             stdout=log,
             stderr=subprocess.STDOUT if log else None,
             start_new_session=True,
@@ -426,14 +471,29 @@ def run(command: Command, seconds: float) -> str:
             code = process.wait(max(0, seconds - command.grace))
             return PASSED if code == 0 else f"red: exit status {code}"
         except subprocess.TimeoutExpired:
-            (os.kill if command.stop == signal.SIGINT else os.killpg)(process.pid, command.stop)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(command.grace)
+            ask_to_end(process, command)
             return f"late: stopped after {seconds:.0f} s"
+        except KeyboardInterrupt:
+            ask_to_end(process, command)
+            return STOPPED
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it left running
+            process.kill()
             process.wait()
+            kill_all(mark)
+
+
+def ask_to_end(process: subprocess.Popen[bytes], command: Command) -> None:
+    (os.kill if command.stop == signal.SIGINT else os.killpg)(process.pid, command.stop)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(command.grace)
+
+
+def kill_all(mark: str) -> None:
+    """Every process with this in its environment: a table's runs are in sessions of their own."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in environment.read_bytes():
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def unpack_caches(call: Call) -> None:
@@ -443,8 +503,11 @@ def unpack_caches(call: Call) -> None:
         str(caches / name) for name in ("triton", "inductor")
     )
     if "CACHES" in call.inputs and not caches.exists():
-        with tarfile.open(call.inputs["CACHES"]) as archive:
-            archive.extractall(call.scratch, filter="data")
+        try:
+            with tarfile.open(call.inputs["CACHES"]) as archive:
+                archive.extractall(call.scratch, filter="data")
+        except Exception as error:  # a damaged archive raises almost anything
+            print(f"{call.inputs['CACHES']} is left out: {type(error).__name__}: {error}", flush=True)
     caches.mkdir(exist_ok=True)
 
 
@@ -475,18 +538,21 @@ def keep_small(file: Path) -> None:
         file.unlink()
 
 
-def keep_verdict(call: Call) -> None:
-    """For the next call on this machine."""
-    said = {"commit": rows.describe()["commit"], "gate": os.environ["RCL_GATE"]}
-    (call.scratch / "verdict.json").write_text(json.dumps(said), encoding="utf-8")
+def say_verdicts(call: Call, said: dict[str, str]) -> None:
+    """What the tests said, for every row from here on, and for the next call on this machine."""
+    os.environ["RCL_GATE"] = "; ".join(f"{test} {said[test]}" for test in TESTS if test in said)
+    if not call.dry_run:
+        kept = {"commit": rows.describe()["commit"], **said}
+        (call.scratch / "verdicts.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
-def recall_verdict(call: Call) -> None:
-    """What the tests of this commit said in an earlier call on this machine."""
-    with suppress(OSError):
-        said = json.loads((call.scratch / "verdict.json").read_text(encoding="utf-8"))
-        if said["commit"] == rows.describe()["commit"]:
-            os.environ.setdefault("RCL_GATE", f"{said['gate']}, in an earlier call")
+def verdicts(call: Call) -> dict[str, str]:
+    """By test, what it said of this commit in an earlier call on this machine."""
+    file = call.scratch / "verdicts.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if kept.pop("commit", None) != rows.describe()["commit"]:
+        return {}
+    return {test: f"{said.removesuffix(EARLIER)}{EARLIER}" for test, said in kept.items()}
 
 
 def inputs() -> dict[str, Path]:
@@ -536,9 +602,12 @@ def main(arguments: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     scratch = Path(os.environ["SCRATCH"])
     call = Call(options.out.resolve(), scratch, inputs(), options.dry_run, time.monotonic() + options.budget)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that nothing is left running
+    for number in (signal.SIGINT, signal.SIGTERM):  # what is under way ends, and what it gave goes back
+        signal.signal(number, signal.default_int_handler)
     unpack_caches(call)
-    recall_verdict(call)
+    said = verdicts(call)
+    if said:
+        say_verdicts(call, said)
     print(f"{'+'.join(options.parts)} within {options.budget:.0f} s; rows and logs in {call.out}", flush=True)
     statuses: dict[str, str] = {}
     for name in options.parts:
@@ -546,9 +615,11 @@ def main(arguments: list[str]) -> int:
         print(f"== {name}: {row['status']} ({row['seconds']} s)", flush=True)
         statuses[name] = row["status"]
         if name in TESTS:
-            os.environ["RCL_GATE"] = "; ".join(f"{test} {statuses[test]}" for test in TESTS if test in statuses)
-            keep_verdict(call)
+            said[name] = row["status"]
+            say_verdicts(call, said)
         rows.append(call.out / "parts.jsonl", [row], call.dry_run)
+        if STOPPED in row["status"]:
+            break
     pack_caches(call)
     print("\n" + "\n".join(f"{name:12} {status}" for name, status in statuses.items()), flush=True)
     return int(any(not status.startswith(PASSED) for status in statuses.values()))

@@ -10,7 +10,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}/rcl_fast_gpu} PYTHONUNBUFFERED=1
 mkdir -p "$SCRATCH"
 SCRATCH=$(realpath "$SCRATCH")
-"$here/import_tree.sh" "$SCRATCH/import"
+bash "$here/import_tree.sh" "$SCRATCH/import"
 export PYTHONPATH="$SCRATCH/import:$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}"
 WHEELS=${WHEELS:-${TRAVEL:+$TRAVEL/wheels}}
 # Without their dependencies: pip does not look at what is installed when it fills a folder, and would want PyTorch too.

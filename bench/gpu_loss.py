@@ -25,12 +25,13 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from cases import (
+    TEMPERATURE,
     Case,
     Inputs,
     Loss,
@@ -44,6 +45,7 @@ from cases import (
     synchronize,
 )
 from rows import append
+from torch import Tensor
 
 OURS = ("triton", "tiled", "dense", "dense, compiled")
 TILED_OPERATIONS = 5e13  # beyond, `tiled` takes many seconds a call
@@ -74,8 +76,8 @@ class Peers(NamedTuple):
     supcontrast: Path | None = None
 
 
-def variants(case: Case, peers: Peers, device: torch.device) -> dict[str, Loss]:
-    """Ours first; the peers behind, as one that fails may leave the device in a bad state."""
+def variants(case: Case, peers: Peers, device: torch.device, only: Sequence[str] = ()) -> dict[str, Loss]:
+    """Ours first; the peers behind, as one that fails may leave the device in a bad state. only: of these names."""
     found = {backend: ours(backend) for backend in available_backends(device)}
     if device.type == "cuda" and case.anchors <= COMPILED_ANCHORS:
         found["dense, compiled"] = torch.compile(found["dense"], dynamic=False)
@@ -85,7 +87,8 @@ def variants(case: Case, peers: Peers, device: torch.device) -> dict[str, Loss]:
         found["SupContrast's SupConLoss"] = supcontrast(peers.supcontrast)
     if importlib.util.find_spec("pytorch_metric_learning") is not None:
         found["pytorch-metric-learning's SupConLoss"] = metric_learning()
-    return {name: loss for name, loss in found.items() if is_feasible(name, case, device)}
+    wanted = {name: loss for name, loss in found.items() if not only or name in only}
+    return {name: loss for name, loss in wanted.items() if is_feasible(name, case, device)}
 
 
 def is_feasible(variant: str, case: Case, device: torch.device) -> bool:
@@ -97,33 +100,55 @@ def is_feasible(variant: str, case: Case, device: torch.device) -> bool:
     return 8 * case.matrix_bytes < torch.cuda.get_device_properties(device).total_memory
 
 
-def gradient_error(loss: Loss, inputs: Inputs) -> float:
-    """Largest relative error of a gradient, against `tiled` in float64 (float32 where the batch is very large)."""
+class Errors(NamedTuple):
+    """Of a loss in a few float32 units of the largest logit 1/T, and the largest relative one of a gradient."""
+
+    loss_units: float
+    gradient: float
+
+    def are_rounding(self, dtype: torch.dtype) -> bool:
+        """The loss is a difference of float32 logits, the gradient a sum of float32 terms: sixty-four units of either. Of
+        a gradient, weights and result are rounded to the dtype too, by half a unit each at most. A NaN is no rounding.
+        """
+        gradient = torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
+        return self.loss_units < 64 and self.gradient < gradient
+
+
+def errors(loss: Loss, inputs: Inputs) -> Errors:
+    """Against `tiled` in float64 (float32 where the batch is very large)."""
     dtype = torch.float64 if len(inputs.features) <= 2**15 else torch.float32
     exact = Inputs(
         inputs.features.detach().to(dtype).requires_grad_(),
         inputs.labels,
         inputs.prototypes.detach().to(dtype).requires_grad_(),
     )
-    pairs = zip(run(loss, inputs), run(ours("tiled"), exact), strict=True)
-    return max(
-        float((found.to(dtype) - right).norm() / right.norm())
-        for found, right in pairs
-        if found is not None and right is not None
+    total, right = loss(inputs), ours("tiled")(exact)
+    unit = torch.finfo(torch.float32).eps / TEMPERATURE
+    pairs = zip(_gradients(total, inputs), _gradients(right, exact), strict=True)
+    return Errors(
+        float((total.detach().to(dtype) - right.detach()).abs()) / unit,
+        float(torch.stack([(found.to(dtype) - exactly).norm() / exactly.norm() for found, exactly in pairs]).max()),
     )
 
 
-def check(name: str, loss: Loss, case: Case, inputs: Inputs) -> float | None:
-    """Our variants' error; None for a peer, another loss or beyond the float32 oracle.
+def _gradients(total: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Raises RuntimeError where the loss has none of an input."""
+    return torch.autograd.grad(total, (inputs.features, inputs.prototypes))
+
+
+def check(name: str, loss: Loss, case: Case, inputs: Inputs) -> dict[str, float]:
+    """Our variants' errors; none for a peer, another loss or beyond the float32 oracle.
 
     Raises ArithmeticError where it is more than rounding.
     """
     if name in OURS and case.operations < TILED_OPERATIONS:
-        error = gradient_error(loss, inputs)
-        if not error < 4 * torch.finfo(inputs.features.dtype).eps:
-            raise ArithmeticError(f"wrong: a gradient's relative error is {error:.1e}")
-        return error
-    return None
+        found = errors(loss, inputs)
+        if not found.are_rounding(inputs.features.dtype):
+            raise ArithmeticError(
+                f"wrong: relative error of a gradient {found.gradient:.1e}, {found.loss_units:.1e} units"
+            )
+        return {"gradient_error": found.gradient, "loss_error_units": found.loss_units}
+    return {}
 
 
 def input_sets(case: Case, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
@@ -172,10 +197,12 @@ class Graph:
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            for inputs in sets[: self.calls]:
-                run(loss, inputs)
+            results = [run(loss, inputs) for inputs in sets[: self.calls]]
         self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.time()
+        for found, expected in zip(results[0], run(loss, sets[0]), strict=True):
+            if found is not None and not (found - expected).norm() <= torch.finfo(found.dtype).eps * expected.norm():
+                raise ArithmeticError("wrong: the graph's gradient is not that of the call")
 
     def time(self) -> float:
         """Seconds a call."""
@@ -190,7 +217,7 @@ def prepare(name: str, loss: Loss, case: Case, sets: list[Inputs], device: torch
     """(what is known of it, what to time) in each regime; a variant that fails here is a row without a time."""
     known: dict[str, Any] = {"variant": name, "regime": "eager"}
     try:
-        known["gradient_error"] = check(name, loss, case, sets[0])
+        known |= check(name, loss, case, sets[0])
         eager = Eager(loss, sets, device)
     except Exception as error:  # published code fails in many ways: that is a row too
         yield {**known, "error": _first_line(error)}, None
@@ -203,7 +230,7 @@ def prepare(name: str, loss: Loss, case: Case, sets: list[Inputs], device: torch
         return
     try:
         yield {**known, "regime": "graph"}, Graph(loss, sets, seconds)
-    except RuntimeError as error:
+    except (RuntimeError, ArithmeticError) as error:
         yield {**known, "regime": "graph", "error": _first_line(error)}, None
 
 
@@ -212,13 +239,11 @@ def _first_line(error: Exception) -> str:
 
 
 def speed(
-    case: Case, peers: Peers, device: torch.device, dtype: torch.dtype, seconds: float, peak: float
+    case: Case, losses: dict[str, Loss], device: torch.device, dtype: torch.dtype, seconds: float, peak: float
 ) -> list[dict]:
     """The rows of a case; `peak` in operations a second is the measured speed of matrix products alone."""
     sets = input_sets(case, device, dtype)
-    prepared = [
-        pair for name, loss in variants(case, peers, device).items() for pair in prepare(name, loss, case, sets, device)
-    ]
+    prepared = [pair for name, loss in losses.items() for pair in prepare(name, loss, case, sets, device)]
     timed = [(known, timer, []) for known, timer in prepared if timer is not None]
     end = time.perf_counter() + seconds
     rounds = 0
@@ -256,7 +281,10 @@ def tiles(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any
 
 
 def profile(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Each kernel of a call of the fastest backend, the longest first; on a CPU each operation."""
+    """Each kernel of a call of the fastest backend, the longest first; on a CPU each operation.
+
+    The same inputs each time: what fits into the L2 cache is there.
+    """
     inputs = draw(case, device, dtype)
     name = available_backends(device)[0]
     loss = ours(name)
@@ -331,11 +359,11 @@ def empty_launch(device: torch.device) -> Iterator[dict[str, Any]]:
     yield {**limit, "regime": "graph", **spread(taken[1:])}
 
 
-def memory(case: Case, peers: Peers, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def memory(case: Case, losses: dict[str, Loss], device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Peak increase over what is allocated before, in MB: of the forward pass, and of both."""
     inputs = draw(case, device, dtype)
     base = sum(tensor.nbytes for tensor in inputs) + inputs.features.nbytes + inputs.prototypes.nbytes
-    for name, loss in variants(case, peers, device).items():
+    for name, loss in losses.items():
         known = {"variant": name, "inputs_and_gradients_mb": base / 1e6}
         try:
             run(loss, inputs)  # compiles, and makes the libraries take their own workspaces
@@ -370,6 +398,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--supcontrast", type=Path, help="losses.py of SupContrast's repository")
     every = [case.name for case in (*CASES, LARGEST)]
     parser.add_argument("--case", choices=every, action="append", help=f"default: all but {LARGEST.name}")
+    parser.add_argument("--variant", action="append", help="as the rows name it; default: all")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing a case, warming up not counted")
     parser.add_argument("--dry-run", action="store_true", help="tiny cases, on any machine; the rows say so")
     options = parser.parse_args(arguments)
@@ -394,12 +423,13 @@ def main(arguments: list[str]) -> int:
         peak = measured_peak(device, dtype)
         write("limits", [{"variant": "limit: matrix products", "tflops": peak / 1e12}, *empty_launch(device)])
     for case in TINY_CASES if options.dry_run else named:
+        losses = variants(case, peers, device, options.variant or ())
         if options.part == "speed":
-            rows = speed(case, peers, device, dtype, 0.1 if options.dry_run else options.seconds, peak)
+            rows = speed(case, losses, device, dtype, 0.1 if options.dry_run else options.seconds, peak)
         elif options.part == "profile":
             rows = list(profile(case, device, dtype))
         else:
-            rows = list(memory(case, peers, device, dtype))
+            rows = list(memory(case, losses, device, dtype))
         failed |= any("error" in row and row["variant"] in OURS for row in rows)
         sizes = {"anchors": case.anchors, "classes": case.classes, "dimensions": case.dimensions}
         write(case.name, [{**sizes, **row} for row in rows])

@@ -21,7 +21,8 @@ Row = dict[str, Any]
 def gpu_rows(files: list[Path]) -> list[Row]:
     """The rows measured on a GPU; those of bench/loss.py come from a CPU."""
     lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    return [row for row in map(json.loads, lines) if row.get("device") == "cuda"]
+    found = (row for row in map(json.loads, lines) if row.get("device") == "cuda" and not row.get("dry_run"))
+    return [row for row in found if row.get("part") in ("speed", "memory")]
 
 
 def time_of(row: Row) -> float | None:

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that a rented GPU machine is to be asked, on this one without its GPU: a copy of the checkout without git and
-# the folder that travels, the machine's packages and no more (make test-gpu-stack makes them), each call as it will be
+# of what travels with each call, the machine's packages and no more (make test-gpu-stack makes them), each call as it will be
 # sent, with --dry-run. It holds what the machine's lender allows, which the options say; the exit status is 1 where
 # anything does not fit, a part is not passed, or a row is not well formed.
 #
 #   bench/travel.sh build/travel && bench/rehearse.sh --travel build/travel --travels-mb 64 --files 8 --file-mb 16
 #
 #   --travel FOLDER       what bench/travel.sh filled (default: build/travel)
-#   --travels-mb N        MiB that travel with a command, with 16 MiB of compilers' caches on top (default: 64)
+#   --travels-mb N        MiB that travel with a command, 16 MiB of what came back on top (default: 64)
 #   --files N             files that come back from a command (default: 8)
 #   --file-mb N           MiB of each (default: 16)
 #   --returns-mb N        MiB of them together (default: 64)
@@ -26,14 +26,15 @@ while [[ $# -gt 0 ]]; do
   shift 2
 done
 
-# The queue: what is asked first, and within how many seconds.
+# The queue: a number, the parts, the seconds of their budget, and what travels beside the wheels and the commit.
 queue=(
-  "1 gate+speed+profile+captured 540" # right, and fast
-  "2 cifar1 345"                      # the first real accuracy; with the first call it fills a rental
-  "3 table1 540"
-  "4 table2+compression 540"
+  "1 gate+speed+profile+captured 540 bcl.py supcontrast.py" # right, and fast
+  "2 cifar1 345 cifar100_lt.tar"                            # the first real accuracy
+  "3 table1 540 cifar100_lt.tar"
+  "4 table2 540 cifar10_lt.tar"
+  "4 compression 540 cifar100_lt.tar"
   "5 tune 420"
-  "6 dali+data+step 540"
+  "6 dali+step+data 540 cifar100_lt.tar"
 )
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -52,20 +53,18 @@ fits() { # WHAT IS MOST
 mkdir -p "$work/checkout/build"
 git -C "$root" ls-files -z --cached --others --exclude-standard |
   (cd "$root" && tar --null --files-from - --ignore-failed-read --create 2> "$work/deleted") | tar -x -C "$work/checkout"
-cp -r "$travel" "$work/checkout/build/travel"
 cd "$work/checkout"
-echo "what travels"
-bytes=$(du -sb --apparent-size . | cut -f1)
-fits "MiB, with 16 of caches" $(((bytes >> 20) + 1 + 16)) "$travels_mb"
 
 for call in "${queue[@]}"; do
-  read -r number parts budget <<< "$call"
+  read -r number parts budget things <<< "$call"
   [[ -z $only || $only == "$number" ]] || continue
   command="TRAVEL=build/travel bash bench/gpu.sh \$OUT $parts --budget $budget"
   printf '\n%s. %s\n' "$number" "$command"
   export OUT=$work/out
-  rm -rf "$OUT" "$work/scratch"
-  mkdir "$OUT"
+  rm -rf "$OUT" "$work/scratch" build/travel
+  mkdir "$OUT" build/travel
+  for thing in wheels commit $things; do cp -r "$travel/$thing" build/travel/ || failed+=("call $number: no $thing travels"); done
+  fits "MiB that travel, with 16 of runs or caches" $(($(du -sb --apparent-size . | cut -f1) / 2 ** 20 + 1 + 16)) "$travels_mb"
   began=$SECONDS
   env --unset RCL_COMMIT PYTHON="$python" SCRATCH="$work/scratch" bash -c "$command --dry-run" > "$work/log" 2>&1 ||
     failed+=("call $number, $parts: exit status $?")

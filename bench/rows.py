@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -70,7 +71,7 @@ def _triton() -> str:
 
 def _driver() -> Row:
     """Of the first NVIDIA GPU; nothing without one."""
-    if not torch.cuda.is_available() or torch.version.hip is not None:
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()

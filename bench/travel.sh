@@ -14,12 +14,13 @@ set -euo pipefail
 [[ $# == 1 && $1 != -* ]] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$root/.venv/bin/python}
+[[ -x $PYTHON ]] || { echo "travel.sh: no $PYTHON: make .venv/installed makes it" >&2; exit 2; }
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 
 # Exactly those that bench/gpu_stack.txt lacks, as the lock has them.
-rm -rf "$folder/wheels"
-mkdir "$folder/wheels"
+mkdir -p "$folder/wheels"
+rm -f "$folder"/wheels/*
 wheels() { # FOLDER FILE: those that the file names
   "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$1" --requirement "$2" \
     --python-version "${PLATFORM:-3.12}" --implementation cp --platform manylinux2014_x86_64 \

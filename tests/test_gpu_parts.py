@@ -6,9 +6,9 @@ import json
 import os
 import signal
 import sys
-import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +29,7 @@ def python(code: str) -> gpu.Command:
     return gpu.Command([sys.executable, "-c", code])
 
 
-def part(*codes: str, seconds: int = 60, **more: tuple[str, ...]) -> gpu.Part:
+def part(*codes: str, seconds: int = 60, **more: Any) -> gpu.Part:
     def commands(call: gpu.Call) -> gpu.Commands:
         for code in codes:
             yield python(code)
@@ -73,16 +73,17 @@ def test_a_red_part_stops_no_other_and_shows_in_rows_and_exit_status(
     assert rows.main([str(machine / "parts.jsonl")]) == 0
 
 
-def test_the_next_call_on_a_machine_knows_what_the_tests_said(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "PARTS", {"gate": part("pass"), "speed": part("pass")})
-    for name in ("gate", "speed"):
-        monkeypatch.delenv("RCL_GATE", raising=False)
-        gpu.main([str(machine), name, "--dry-run"])
-    monkeypatch.delenv("RCL_GATE", raising=False)
-    monkeypatch.setenv("RCL_COMMIT", "another")
-    gpu.main([str(machine), "speed", "--dry-run"])
-    found = [row["gate"] for row in rows_of(machine / "parts.jsonl")]
-    assert found == ["gate passed", "gate passed, in an earlier call", "not run here"]
+def test_the_next_call_on_a_machine_knows_what_the_tests_said(call: gpu.Call, machine: Path) -> None:
+    real = call._replace(dry_run=False)
+    gpu.say_verdicts(real, {"gate": "passed: 900 tests"})
+    assert rows.describe()["gate"] == "gate passed: 900 tests"
+    gpu.say_verdicts(call, {"gate": "passed"})  # a dry run collects tests and proves nothing
+    assert gpu.verdicts(real) == {"gate": "passed: 900 tests, in an earlier call"}
+    gpu.say_verdicts(real, {**gpu.verdicts(real), "captured": "red: 1 of 8"})
+    assert rows.describe()["gate"] == "gate passed: 900 tests, in an earlier call; captured red: 1 of 8"
+    assert gpu.verdicts(real)["gate"] == "passed: 900 tests, in an earlier call"
+    os.environ["RCL_COMMIT"] = "another"
+    assert gpu.verdicts(real) == {}
 
 
 def test_parts_that_passed_exit_with_0(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,10 +108,12 @@ def test_a_part_without_time_or_packages_is_not_started(
 ) -> None:
     started = tmp_path / "started"
     code = f"open({str(started)!r}, 'w')"
-    monkeypatch.setattr(gpu, "PARTS", {"late": part(code), "lacking": part(code, needs=("no_such_package",))})
+    parts = {"late": part(code), "lacking": part(code, needs=("no_such_package",)), "empty": part(code, data="CIFAR10")}
+    monkeypatch.setattr(gpu, "PARTS", parts)
     spent = call._replace(ends=time.monotonic() + gpu.CLOSING_SECONDS)
     assert gpu.run_part("late", spent)["status"] == "late: no time was left to start it"
     assert gpu.run_part("lacking", call)["status"] == "left out: no no_such_package here (WHEELS=folder brings them)"
+    assert gpu.run_part("empty", call._replace(dry_run=False))["status"].startswith("left out: no CIFAR10 here")
     assert not started.exists()
 
 
@@ -151,30 +154,77 @@ def test_a_gate_without_a_report_did_not_pass(tmp_path: Path) -> None:
     assert gpu.verdict("late: stopped after 9 s", tmp_path / "cut.xml") == "late: stopped after 9 s"
 
 
-def test_runs_under_way_come_back_and_go_on(call: gpu.Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def made_up_run(folder: Path, name: str, status: str, epochs: int) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "status.json").write_text(json.dumps({"status": status}), encoding="utf-8")
+    (folder / name / "metrics.jsonl").write_text("{}\n" * epochs, encoding="utf-8")
+    for file in ("last.pt", "best.pt", "previous.pt", "mid_epoch.pt"):
+        (folder / name / file).write_bytes(name.encode() * 10_000)
+
+
+def test_runs_come_back_and_go_on(
+    call: gpu.Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = tmp_path / "runs"
-    for name, state in (("one", "preempted"), ("two", "preempted"), ("three", "preempted"), ("done", "finished")):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "status.json").write_text(json.dumps({"status": state}), encoding="utf-8")
-        (folder / name / "last.pt").write_bytes(name.encode() * 10_000)
-        (folder / name / "previous.pt").write_bytes(b"not read again")
-    monkeypatch.setattr(gpu, "LARGEST_FILE", 100_000)
+    for name, status, epochs in (("far", "preempted", 9), ("near", "running", 2), ("mid", "preempted", 5)):
+        made_up_run(folder, name, status, epochs)
+    made_up_run(folder, "done", "finished", 1)
+    monkeypatch.setattr(gpu, "LARGEST_FILE", 130_000)  # two of the three
     gpu.pack_runs(folder, call.out)
-    came_back = sorted(file.name for file in call.out.iterdir())
-    assert came_back == ["runs-1.tar.gz", "runs-2.tar.gz"]
-    with tarfile.open(call.out / "runs-1.tar.gz") as archive:
-        assert {Path(name).name for name in archive.getnames()} == {"last.pt", "status.json"}
-    (call.out / "table1.jsonl").write_text("{}\n", encoding="utf-8")
+    assert "runs that do not go back, as 0 MiB do: near" in capsys.readouterr().out
+    (call.out / "table1.jsonl").write_text('{"key": "done"}\n', encoding="utf-8")
+    (call.out / "parts.jsonl").write_text('{"part": "table1"}\n', encoding="utf-8")
 
     target = tmp_path / "next"
-    (target / "two").mkdir(parents=True)  # this machine has gone on with it
+    (target / "mid").mkdir(parents=True)  # this machine has gone on with it
     gpu.bring_runs(call._replace(inputs={"RUNS": call.out}), target)
-    found = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
-    assert found == {
-        "table1.jsonl",
-        *(f"{run}/{name}" for run in ("one", "three") for name in ("last.pt", "status.json")),
-    }
-    assert (target / "one" / "last.pt").read_bytes() == b"one" * 10_000
+    found = {str(file.relative_to(target)) for file in target.glob("*/*")}
+    whole = {"status.json", "metrics.jsonl"}
+    assert found == {*(f"far/{name}" for name in {*whole, "last.pt", "best.pt"}), *(f"done/{name}" for name in whole)}
+    assert (target / "far" / "last.pt").read_bytes() == b"far" * 10_000
+    assert [file.name for file in sorted(target.glob("*.jsonl")) if gpu.has_keys(file)] == ["table1.jsonl"]
+
+
+def test_a_call_that_is_stopped_ends_what_runs_and_keeps_its_row(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started, saved = tmp_path / "started", tmp_path / "saved"
+    code = (
+        "import pathlib, signal, sys, time; "
+        f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(saved)!r}).touch(), sys.exit(0))); "
+        f"pathlib.Path({str(started)!r}).touch(); time.sleep(600)"
+    )
+    monkeypatch.setattr(gpu, "PARTS", {"long": part(code, seconds=300), "next": part("pass")})
+    wait = gpu.subprocess.Popen.wait
+
+    def interrupted(self: gpu.subprocess.Popen, timeout: float | None = None) -> int:
+        if timeout is not None and timeout > 100:
+            while not started.exists():
+                time.sleep(0.05)
+            raise KeyboardInterrupt  # as SIGTERM raises it in main
+        return wait(self, timeout)
+
+    monkeypatch.setattr(gpu.subprocess.Popen, "wait", interrupted)
+    assert gpu.main([str(machine), "long+next", "--dry-run"]) == 1
+    assert [(row["part"], row["status"]) for row in rows_of(machine / "parts.jsonl")] == [("long", gpu.STOPPED)]
+    assert saved.exists()
+
+
+def test_what_a_part_did_not_foresee_stops_no_other(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(call: gpu.Call) -> gpu.Commands:
+        yield python("pass")
+        raise EOFError("a damaged archive")
+
+    monkeypatch.setattr(gpu, "PARTS", {"broken": gpu.Part(60, "", broken), "next": part("pass")})
+    assert gpu.main([str(machine), "broken+next", "--dry-run"]) == 1
+    found = [row["status"] for row in rows_of(machine / "parts.jsonl")]
+    assert found == ["red: EOFError: a damaged archive", "passed"]
+
+
+def test_a_damaged_cache_is_left_out(call: gpu.Call, machine: Path, tmp_path: Path) -> None:
+    (tmp_path / "caches.tar.xz").write_bytes(b"\xfd7zXZ damaged")
+    gpu.unpack_caches(call._replace(inputs={"CACHES": tmp_path / "caches.tar.xz"}))
+    assert (call.scratch / "caches").is_dir()
 
 
 def test_what_is_too_large_to_go_back_is_named(
