@@ -107,8 +107,8 @@ class Errors(NamedTuple):
     gradient: float
 
     def are_rounding(self, dtype: torch.dtype) -> bool:
-        """The loss is a difference of float32 logits, the gradient a sum of float32 terms: sixty-four units of either. Of
-        a gradient, weights and result are rounded to the dtype too, by half a unit each at most. A NaN is no rounding.
+        """Loss and gradient are sums of float32 terms: sixty-four units of either. A gradient's weights and result are
+        rounded to the dtype too, by half a unit each at most. A NaN is no rounding.
         """
         gradient = torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
         return self.loss_units < 64 and self.gradient < gradient
