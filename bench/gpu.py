@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import signal
@@ -72,9 +71,8 @@ class Command(NamedTuple):
 
     arguments: list[str]
     folder: Path = ROOT  # where it runs
-    seconds: float = math.inf  # at most, and what is left of its part
     log: Path | None = None  # where its output goes; None: here
-    reserve: float = 0  # seconds of its part that are for the commands behind it
+    reserve: float = 0  # seconds of its part that are for the commands behind it; it may take all others
     # How it is asked to end, and for how long. SIGINT goes to the one process, whose workers it ends; SIGTERM to all.
     stop: signal.Signals = signal.SIGTERM
     grace: float = 5
@@ -199,6 +197,7 @@ def profile(call: Call) -> Commands:
 
 
 def memory(call: Call) -> Commands:
+    """What each backend takes."""
     yield loss(call, "memory")
     return None
 
@@ -207,9 +206,8 @@ def cifar_runs(call: Call, *arguments: str, keep: Path | None = None) -> Command
     more = [] if keep is None else ["--keep", str(keep)]
     output = ["--output", str(call.out / "cifar.jsonl")]
     source = [] if call.dry_run else flags(call, {"CIFAR100": "--data"})
-    return python("bench/cifar.py", *source, *arguments, *output, *more, *call.dry)._replace(
-        grace=30
-    )  # a run saves itself
+    command = python("bench/cifar.py", *source, *arguments, *output, *more, *call.dry)
+    return command._replace(grace=30)  # a run saves itself
 
 
 def cifar1(call: Call) -> Commands:
@@ -219,11 +217,13 @@ def cifar1(call: Call) -> Commands:
     status = yield cifar_runs(call, "--ways", "graph", "--seeds", "1", keep=kept)
     if status.startswith("red"):
         yield cifar_runs(call, "--ways", "plain", "--seeds", "1", "--epochs", "20", keep=kept)
-    for run_folder in sorted(kept.glob("*/")):
-        curve = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        rows.append(call.out / f"curve-{run_folder.name}.jsonl", curve, call.dry_run)
+    for log in sorted(kept.glob("*.log")):
         if status != PASSED:
-            shutil.copy(run_folder.with_suffix(".log"), call.out)
+            shutil.copy(log, call.out)
+        curve = log.with_suffix("") / "metrics.jsonl"
+        if curve.is_file():  # a run may fail before its first epoch ends
+            epochs = [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines()]
+            rows.append(call.out / f"curve-{log.stem}.jsonl", epochs, call.dry_run)
     return status
 
 
@@ -446,7 +446,7 @@ def follow(commands: Commands, ends: float) -> str:
     try:
         command = next(commands)
         while True:
-            statuses.append(run(command, min(command.seconds, ends - time.monotonic() - command.reserve)))
+            statuses.append(run(command, ends - time.monotonic() - command.reserve))
             command = commands.send(statuses[-1])
     except StopIteration as ended:
         word = ended.value or next((status for status in statuses if status != PASSED), PASSED)
