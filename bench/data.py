@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,7 +107,9 @@ def cases(options: Options, folder: Path) -> Iterator[Case]:
 def repeated(samples: Samples, count: int) -> Samples:
     """So many, again and again where they are fewer, in no order: published sets are sorted by class."""
     order = np.random.default_rng(0).permutation(len(samples))
-    return take(samples, order[np.arange(count) % len(samples)])
+    taken = take(samples, order[np.arange(count) % len(samples)])
+    _, labels = np.unique(taken.labels, return_inverse=True)  # few of them may lack a class
+    return replace(taken, labels=labels)
 
 
 def made_up(folder: Path, count: int = 32) -> list[str]:
@@ -173,8 +175,7 @@ def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
         ["--dataset", case.recipe.data.dataset, "--arch", arch, "--batch-size", str(case.batch_size)]
     )
     on = choose_machine(settings.run)
-    labels = case.samples.labels
-    counts = np.bincount(labels).clip(min=1)  # part of a set may lack a class
+    counts = np.bincount(case.samples.labels)
     names = [str(number) for number in range(len(counts))]
     splits = Splits(case.samples, case.samples, case.samples, names, counts, "nothing")
     training = engine.start(settings, splits, on)
