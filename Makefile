@@ -3,14 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.9
 
-.PHONY: train test test-latest test-gpu-stack rehearse check types lock bench
+.PHONY: train test test-slow test-latest test-gpu-stack rehearse check types lock bench
 
 train: .venv/installed
 	$(BIN)/python train/run.py $(ARGS)
 
 # Two files at a time, as a file's tests share what they made; ARGS="-n 0" for one, and for a debugger.
 test: .venv/installed check types
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+# What waits for minutes, as torchrun does between a failure and a restart: before a change lands.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # The loss and its kernels with the newest PyTorch and Triton of PyPI, in a second environment (a few GB).
 test-latest:

@@ -5,62 +5,78 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-from cases import Case, Inputs, draw, ours
-from gpu_loss import Errors, check
+def imported() -> tuple[ModuleType, ModuleType]:
+    """bench/cases.py and bench/gpu_loss.py; a file of tests/rcl_fast is called `cases` too, and stays what it is."""
+    before = sys.modules.pop("cases", None)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    try:
+        import cases
+        import gpu_loss
+    finally:
+        del sys.path[0], sys.modules["cases"]
+        if before is not None:
+            sys.modules["cases"] = before
+    return cases, gpu_loss
 
-CASE = Case("tiny", 32, 11, 64)
-RIGHT = ours("tiled")
+
+cases, gpu_loss = imported()
+CASE = cases.Case("tiny", 32, 11, 64)
+RIGHT = cases.ours("tiled")
 
 
-def drawn(dtype: torch.dtype) -> Inputs:
-    return draw(CASE, torch.device("cpu"), dtype)
+def drawn(dtype: torch.dtype) -> Any:
+    return cases.draw(CASE, torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_right_loss_is_within_rounding(dtype: torch.dtype) -> None:
-    assert check("dense", ours("dense"), CASE, drawn(dtype)).keys() == {"gradient_error", "loss_error_units"}
+    assert gpu_loss.check("dense", cases.ours("dense"), CASE, drawn(dtype)).keys() == {
+        "gradient_error",
+        "loss_error_units",
+    }
 
 
-def scaled(inputs: Inputs) -> Tensor:
+def scaled(inputs: Any) -> Tensor:
     return 1.01 * RIGHT(inputs)
 
 
-def shifted(inputs: Inputs) -> Tensor:
+def shifted(inputs: Any) -> Tensor:
     return RIGHT(inputs) + 1e-3
 
 
-def without_a_row(inputs: Inputs) -> Tensor:
+def without_a_row(inputs: Any) -> Tensor:
     hidden = torch.cat([inputs.features[:-2], inputs.features[-2:].detach()])
     return RIGHT(inputs._replace(features=hidden))
 
 
-def with_a_nan(inputs: Inputs) -> Tensor:
+def with_a_nan(inputs: Any) -> Tensor:
     total = RIGHT(inputs)
     total.register_hook(lambda upstream: upstream * float("nan"))
     return total
 
 
 @pytest.mark.parametrize("wrong", [scaled, shifted, without_a_row, with_a_nan])
-def test_a_wrong_loss_is_refused(wrong: Callable[[Inputs], Tensor]) -> None:
+def test_a_wrong_loss_is_refused(wrong: Callable[[Any], Tensor]) -> None:
     with pytest.raises(ArithmeticError, match="wrong"):
-        check("triton", wrong, CASE, drawn(torch.bfloat16))
+        gpu_loss.check("triton", wrong, CASE, drawn(torch.bfloat16))
 
 
 def test_a_loss_that_does_not_differentiate_the_prototypes_is_refused() -> None:
-    def frozen(inputs: Inputs) -> Tensor:
+    def frozen(inputs: Any) -> Tensor:
         return RIGHT(inputs._replace(prototypes=inputs.prototypes.detach()))
 
     with pytest.raises(RuntimeError, match="not have been used"):
-        check("triton", frozen, CASE, drawn(torch.bfloat16))
+        gpu_loss.check("triton", frozen, CASE, drawn(torch.bfloat16))
 
 
 def test_a_nan_is_no_rounding() -> None:
-    assert not Errors(float("nan"), 0.0).are_rounding(torch.float32)
-    assert not Errors(0.0, float("nan")).are_rounding(torch.float32)
+    assert not gpu_loss.Errors(float("nan"), 0.0).are_rounding(torch.float32)
+    assert not gpu_loss.Errors(0.0, float("nan")).are_rounding(torch.float32)

@@ -128,6 +128,7 @@ def test_compiled_table_has_tensor_core_products(compiled: list[dict[str, str]])
             assert _uses_tensor_cores(row) == expected, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     [
