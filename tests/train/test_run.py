@@ -112,6 +112,7 @@ def interrupt_in_epoch(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "train_step", interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 3])  # with no epoch done; after compression has begun
 def test_ctrl_c_leaves_a_report_and_a_checkpoint_that_goes_on_as_if_nothing_happened(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
@@ -153,6 +154,7 @@ def signal_before(name: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(engine, name, signalled)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_reports")
 @pytest.mark.parametrize(
     ("place", "call", "position"),
@@ -364,6 +366,7 @@ def test_every_loss_trains(tmp_path: Path, loss: str) -> None:
     assert rows[1]["loss"] < rows[0]["loss"]  # the third epoch of ldam_drw weighs the classes anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(tmp_path: Path, precision: str) -> None:
     folder = run.run(configure(tmp_path / "run", "--epochs", "3", "--lr", "0.02", "--precision", precision))
