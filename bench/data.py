@@ -29,7 +29,7 @@ import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from rows import append
+from rows import append, spread
 
 from rcl_fast.train import config, engine
 from rcl_fast.train.data.choice import LoaderName, build, has_dali
@@ -157,7 +157,10 @@ def loader_rows(case: Case, options: Options) -> list[dict[str, Any]]:
             began = time.perf_counter()
             images = run(number)
             rates[name].append(images / (time.perf_counter() - began))
-    return [{"variant": name, **spread(values[1:]), "rounds": len(values) - 1} for name, values in rates.items()]
+    return [
+        {"variant": name, **spread("images_per_second", values[1:]), "rounds": len(values) - 1}
+        for name, values in rates.items()
+    ]
 
 
 def drain(loader: Loader, epoch: int) -> int:
@@ -195,7 +198,7 @@ def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
             "arch": arch,
             "batch_size": case.batch_size,
             "precision": on.precision,
-            **spread([row["images_per_second"] for row in rows[1:]]),
+            **spread("images_per_second", [row["images_per_second"] for row in rows[1:]]),
             "waiting_for_data": statistics.median(row["waiting_for_data"] for row in rows[1:]),
             "rounds": len(rows) - 1,
         }
@@ -214,15 +217,6 @@ class Silent:
 
     def step_ended(self, *_: Any) -> None:
         pass
-
-
-def spread(rates: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(rates, n=10, method="inclusive")
-    return {
-        "images_per_second": statistics.median(rates),
-        "images_per_second_p20": deciles[1],
-        "images_per_second_p80": deciles[7],
-    }
 
 
 def table(case: Case, rows: list[dict[str, Any]]) -> Table:

@@ -15,7 +15,6 @@ receives in a ring of W, which for a gather is (W − 1) times what each gives, 
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import tyro
 from cases import TEMPERATURE, Case, Inputs
 from rich.console import Console
 from rich.table import Table
-from rows import append
+from rows import append, spread
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_gather
 from torch.multiprocessing import get_context
@@ -148,7 +147,6 @@ def work(rank: int, world: int, folder: str, options: Options) -> None:
         check(inputs)
         seconds = rounds(inputs, device, 2 if options.dry_run else options.rounds)
         for variant, times in seconds.items():
-            cuts = statistics.quantiles(times, n=10, method="inclusive")
             rows.append(
                 {
                     "case": case.name,
@@ -159,9 +157,7 @@ def work(rank: int, world: int, folder: str, options: Options) -> None:
                     "backend": backend,
                     "dtype": str(dtype).removeprefix("torch."),
                     "variant": variant,
-                    "ms": 1e3 * statistics.median(times),
-                    "ms_p20": 1e3 * cuts[1],
-                    "ms_p80": 1e3 * cuts[7],
+                    **spread("ms", [1e3 * seconds for seconds in times]),
                     "bytes_received": received(variant, case, world, dtype),
                     "rounds": len(times),
                 }

@@ -222,8 +222,7 @@ def cifar1(call: Call) -> Commands:
             shutil.copy(log, call.out)
         curve = log.with_suffix("") / "metrics.jsonl"
         if curve.is_file():  # a run may fail before its first epoch ends
-            epochs = [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines()]
-            rows.append(call.out / f"curve-{log.stem}.jsonl", epochs, call.dry_run)
+            rows.append(call.out / f"curve-{log.stem}.jsonl", rows.read(curve), call.dry_run)
     return status
 
 
@@ -283,15 +282,14 @@ def bring_runs(call: Call, folder: Path) -> None:
 
 def has_keys(file: Path) -> bool:
     """Whether its rows are those of a table."""
-    return all("key" in json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    return all("key" in row for row in rows.read(file))
 
 
 def give_back_rows(call: Call, table: str) -> None:
     """The rows of a table, each with what the others say of this call; those of an earlier call have it already."""
     about = {**rows.describe(), "jobs_per_device": jobs_per_device(), **({"dry_run": True} if call.dry_run else {})}
     for file in (call.scratch / "tables").glob(f"{table}*.jsonl"):  # the name says what is not the paper's
-        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        lines = [json.dumps({**about, **row}) + "\n" for row in found]
+        lines = [json.dumps({**about, **row}) + "\n" for row in rows.read(file)]
         (call.out / file.name).write_text("".join(lines), encoding="utf-8")
 
 
@@ -324,8 +322,9 @@ def progress(curve: Path) -> tuple[bool, int]:
 
 
 def is_finished(run: Path) -> bool:
-    status = run / "status.json"
-    return status.is_file() and json.loads(status.read_text(encoding="utf-8"))["status"] == "finished"
+    from rcl_fast.train import status  # needs the trainer's packages, which the part has asked for
+
+    return status.read(run) == "finished"
 
 
 def is_read_again(file: Path, finished: bool) -> bool:
@@ -457,12 +456,12 @@ def run(command: Command, seconds: float) -> str:
     """Run a process for so many seconds at most; what became of it. Nothing that it started is left."""
     if seconds < FEWEST_SECONDS:
         return "late: no time was left for its last steps"
-    mark = f"RCL_COMMAND={uuid4().hex}"
+    mark = uuid4().hex
     with command.log.open("wb") if command.log else nullcontext() as log:
         process = subprocess.Popen(
             command.arguments,
             cwd=command.folder,
-            env={**os.environ, **dict([mark.split("=")])},
+            env={**os.environ, "RCL_COMMAND": mark},
             stdout=log,
             stderr=subprocess.STDOUT if log else None,
             start_new_session=True,

@@ -26,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ from cases import (
     supcontrast,
     synchronize,
 )
-from rows import append
+from graph import Graph
+from rows import append, spread
 from torch import Tensor
 
 OURS = ("triton", "tiled", "dense", "dense, compiled")
@@ -185,32 +187,14 @@ class Eager:
         return (time.perf_counter() - began) / self.calls
 
 
-class Graph:
-    """One CUDA graph of a call on each of several input sets; the device's time by events."""
-
-    def __init__(self, loss: Loss, sets: list[Inputs], eager_seconds: float) -> None:
-        self.calls = max(1, min(len(sets), int(GRAPH_SECONDS / eager_seconds)))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run(loss, sets[0])
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            results = [run(loss, inputs) for inputs in sets[: self.calls]]
-        self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.time()
-        for found, expected in zip(results[0], run(loss, sets[0]), strict=True):
-            if found is not None and not (found - expected).norm() <= torch.finfo(found.dtype).eps * expected.norm():
-                raise ArithmeticError("wrong: the graph's gradient is not that of the call")
-
-    def time(self) -> float:
-        """Seconds a call."""
-        self.began.record()
-        self.graph.replay()
-        self.ended.record()
-        self.ended.synchronize()
-        return self.began.elapsed_time(self.ended) / 1e3 / self.calls
+def captured(loss: Loss, sets: list[Inputs], eager_seconds: float) -> Graph:
+    """A call on each of several input sets. Raises ArithmeticError where its gradients are not those of the call."""
+    calls = max(1, min(len(sets), int(GRAPH_SECONDS / eager_seconds)))
+    graph = Graph([partial(run, loss, inputs) for inputs in sets[:calls]])
+    for found, expected in zip(graph.first, run(loss, sets[0]), strict=True):
+        if found is not None and not (found - expected).norm() <= torch.finfo(found.dtype).eps * expected.norm():
+            raise ArithmeticError("wrong: the graph's gradient is not that of the call")
+    return graph
 
 
 def prepare(name: str, loss: Loss, case: Case, sets: list[Inputs], device: torch.device) -> Iterator[tuple[dict, Any]]:
@@ -229,7 +213,7 @@ def prepare(name: str, loss: Loss, case: Case, sets: list[Inputs], device: torch
     if seconds > GRAPH_AT_MOST:
         return
     try:
-        yield {**known, "regime": "graph"}, Graph(loss, sets, seconds)
+        yield {**known, "regime": "graph"}, captured(loss, sets, seconds)
     except (RuntimeError, ArithmeticError) as error:
         yield {**known, "regime": "graph", "error": _first_line(error)}, None
 
@@ -255,7 +239,7 @@ def speed(
         {
             **known,
             **(tiles(case, device, dtype) if known["variant"] == "triton" else {}),
-            **spread(taken),
+            **microseconds(taken),
             "calls_a_round": timer.calls,
             "rounds": rounds,
             "input_sets": len(sets),
@@ -305,13 +289,8 @@ def profile(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[di
             yield {"variant": name, "kernel": kernel[:120], **each}
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    return {
-        "microseconds": 1e6 * statistics.median(seconds),
-        "microseconds_p20": 1e6 * deciles[1],
-        "microseconds_p80": 1e6 * deciles[7],
-    }
+def microseconds(seconds: list[float]) -> dict[str, float]:
+    return spread("microseconds", [1e6 * each for each in seconds])
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -342,21 +321,11 @@ def empty_launch(device: torch.device) -> Iterator[dict[str, Any]]:
 
     time_calls(1000)
     limit = {"variant": "limit: an empty launch"}
-    yield {**limit, "regime": "eager", **spread([time_calls(1000) for _ in range(10)])}
+    yield {**limit, "regime": "eager", **microseconds([time_calls(1000) for _ in range(10)])}
     if device.type != "cuda":
         return
-    graph, began, ended = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.graph(graph):
-        for _ in range(1000):
-            tiny.zero_()
-    taken = []
-    for _ in range(11):
-        began.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        taken.append(began.elapsed_time(ended) / 1e6)
-    yield {**limit, "regime": "graph", **spread(taken[1:])}
+    graph = Graph([tiny.zero_] * 1000)
+    yield {**limit, "regime": "graph", **microseconds([graph.time() for _ in range(10)])}
 
 
 def memory(case: Case, losses: dict[str, Loss], device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,17 @@ def append(file: Path | None, rows: Iterable[Mapping[str, Any]], dry_run: bool =
     about = {**describe(), **({"dry_run": True} if dry_run else {})}
     with file.open("a", encoding="utf-8") as lines:
         lines.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
+
+
+def read(file: Path) -> list[Row]:
+    """Raises ValueError for a line that is no JSON."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median of a figure under its name, and where a fifth lies below and above, as NAME_p20 and NAME_p80."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {name: statistics.median(values), f"{name}_p20": fifths[0], f"{name}_p80": fifths[3]}
 
 
 def problems(file: Path) -> Iterator[str]:
@@ -69,6 +82,7 @@ def _triton() -> str:
         return "none"
 
 
+@cache
 def _driver() -> Row:
     """Of the first NVIDIA GPU; nothing without one."""
     if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:

@@ -45,11 +45,11 @@ import numpy as np
 import torch
 import tyro
 from cases import synchronize
-from data import Case, an_epoch, made_up, reading, repeated, spread
+from data import Case, an_epoch, made_up, reading, repeated
 from gpu_loss import measured_peak
 from rich.console import Console
 from rich.table import Table
-from rows import append
+from rows import append, spread
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -374,7 +374,7 @@ def describe_variant(variant: Variant, rates: list[float], losses: list[float], 
         "compiled": settings.run.compile,
         "backend": settings.loss.backend,
         "batch_size": batch_size,
-        **spread(rates),
+        **spread("images_per_second", rates),
         "loss_milliseconds": 1e3 * loss,
         "loss_share": loss * statistics.median(rates) / batch_size,
         "step_mb": variant.memory,

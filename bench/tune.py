@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -34,7 +33,8 @@ from typing import Any, NamedTuple, TypeVar
 import aot
 import torch
 import triton
-from rows import append
+from graph import Graph
+from rows import append, spread
 
 from rcl_fast.kernels import configs, launch
 from rcl_fast.kernels.configs import Config
@@ -279,33 +279,15 @@ def pass_of(choice: Choice, device: torch.device) -> Callable[[], object]:
 
 
 def timer(run: Callable[[], object], kernel: str, config: Config) -> Callable[[], float]:
-    """Seconds a call on the device, without the host's work: a CUDA graph of several calls is replayed each time."""
-    side = torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph()
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    """Seconds a call on the device: a CUDA graph of several calls is replayed each time."""
     with every_launch_takes(kernel, config):
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once to load the kernels, once to see how many calls fill a turn
-            run()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            calls = max(1, min(CALLS, int(REPLAY_SECONDS / (time.perf_counter() - start))))
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                run()
-
-    def replay() -> float:
-        began.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1e3 / calls
-
-    replay()
-    return replay
+        run()  # loads the kernels; the next one tells how many calls fill a turn
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        calls = max(1, min(CALLS, int(REPLAY_SECONDS / (time.perf_counter() - start))))
+        return Graph([run] * calls).time
 
 
 def in_rounds(
@@ -357,11 +339,7 @@ def row(choice: Choice, trial: Trial, taken: Sequence[float]) -> dict[str, Any]:
         "programs": trial.outcome.programs(choice.arch, trial.config.warps),
         "rounds": len(taken),
     }
-    if taken:
-        fifths = statistics.quantiles(taken, n=5, method="inclusive")
-        found["microseconds"] = 1e6 * statistics.median(taken)
-        found["microseconds_p20"], found["microseconds_p80"] = 1e6 * fifths[0], 1e6 * fifths[3]
-    return found
+    return {**found, **(spread("microseconds", [1e6 * seconds for seconds in taken]) if taken else {})}
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
