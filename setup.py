@@ -50,10 +50,7 @@ setup(
             "plotly>=5.20",  # the report's figures, which open offline
             "jinja2>=3.1",  # the report's page
         ],
-        "dali": [
-            "nvidia-dali-cuda120>=2.0; sys_platform == 'linux'",
-            "numba>=0.60; sys_platform == 'linux'",  # compiles the operations on colours for DALI on a CPU
-        ],
+        "dali": ["nvidia-dali-cuda120>=2.0; sys_platform == 'linux'"],  # decodes and augments files on a GPU
         "sweep": [
             "optuna>=4.0",  # train/sweep.py: samplers, and a journal that several workers share
             "filelock>=3.12",  # which worker has a trial

@@ -45,7 +45,7 @@ class DataOptions:
     loader: Literal["auto", "dali", "torchvision", "device"] = "auto"
     """What decodes and augments: dali (files or pixels, on GPU or CPU), torchvision (Pillow, in worker processes, the
     reference), device (small data sets, held and augmented in whole batches on the training device). auto: device
-    for digits_lt and CIFAR; for files dali where it is installed (for a CPU: with Numba), else torchvision."""
+    for digits_lt and CIFAR; for files dali on a GPU, where it is installed, else torchvision."""
     workers: int = 2
     """Processes of the torchvision loader (0: none but the main one), CPU threads of dali."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -223,9 +223,12 @@ Examples:
 The defaults shown are those of the recipe of --dataset and --loss: try --dataset cifar100_lt --help."""
 
 
+_SHARED_RECIPES = {"cifar10_lt": "cifar_lt", "cifar100_lt": "cifar_lt"}
+
+
 def recipe(dataset: str, loss: str) -> Config:
     """The defaults of a data set and a loss, from recipes/DATASET.toml: [SECTION], then [when.LOSS.SECTION]."""
-    path = resources.files("rcl_fast.train") / "recipes" / f"{dataset}.toml"
+    path = resources.files("rcl_fast.train") / "recipes" / f"{_SHARED_RECIPES.get(dataset, dataset)}.toml"
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     overrides = values.pop("when", {}).get(loss, {})
     for section, options in overrides.items():

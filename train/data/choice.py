@@ -19,8 +19,8 @@ LoaderName = Literal["auto", "dali", "torchvision", "device"]
 def choose(reading: Reading, device: torch.device) -> tuple[LoaderName, str | None]:
     """What "auto" is for these samples and views; a sentence where it is not the fastest there could be.
 
-    Images in memory stay on the device. Files go through DALI, which is faster than torchvision on a CPU too, but there
-    only with its operations compiled by Numba (bench/results/data_cpu.jsonl).
+    Images in memory stay on the device. Files go through DALI for a GPU, through torchvision for a CPU, where it is the
+    faster of the two (docs/data.md).
     """
     for kind in reading.kinds:
         try:
@@ -29,17 +29,14 @@ def choose(reading: Reading, device: torch.device) -> tuple[LoaderName, str | No
             return "torchvision", f"--loader auto takes torchvision, which is slower: {error}"
     if isinstance(reading.samples.images, np.ndarray):
         return "device", None
-    if has_dali() and (device.type != "cpu" or has_numba()):
-        return "dali", None
-    note = (
-        "--loader auto takes torchvision, which is slower, as {} not installed "
-        "(pip install '.[dali]' in rcl_fast's folder, on Linux)"
-    )
     if device.type == "cpu":
-        return "torchvision", note.format("DALI and Numba are")
+        return "torchvision", None
+    if has_dali():
+        return "dali", None
     return "torchvision", (
-        f"{note.format('DALI is')}: the CPU alone decodes and augments, and a GPU may wait for it; "
-        "each epoch's line says how long"
+        "--loader auto takes torchvision, which is slower, as DALI is not installed (pip install '.[dali]' in "
+        "rcl_fast's folder, on Linux): the CPU alone decodes and augments, and a GPU may wait for it; each epoch's "
+        "line says how long"
     )
 
 
@@ -49,11 +46,6 @@ def has_dali() -> bool:
         return find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # not even the package that holds it
         return False
-
-
-def has_numba() -> bool:
-    """Whether Numba is installed."""
-    return find_spec("numba") is not None
 
 
 def build(name: LoaderName, reading: Reading, *, device: torch.device, workers: int) -> Loader:

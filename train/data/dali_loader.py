@@ -25,7 +25,6 @@ except ImportError as error:
     raise ImportError("NVIDIA DALI is not installed (pip install '.[dali]' in rcl_fast's folder, on Linux)") from error
 
 from rcl_fast.train.data import dali_operations as graphs
-from rcl_fast.train.data.dali_compiled import compiled_colours
 
 Indices = NDArray[np.int64]
 
@@ -41,7 +40,7 @@ class DaliLoader:
         """`threads`: of the CPU. Raises ValueError for views that only the torchvision loader makes."""
         graphs.check(reading.kinds, reading.options)
         self.steps_per_epoch = len(reading.batches(0))
-        self.identity = identity(reading, f"DALI 2 (nvidia-dali {nvidia.dali.__version__})")
+        self.identity = identity(reading, f"DALI 3, without Numba (nvidia-dali {nvidia.dali.__version__})")
         self._reading = reading
         self._labels = torch.from_numpy(reading.samples.labels)
         self._device = device
@@ -165,12 +164,10 @@ def _views(source: _Source, reading: Reading) -> tuple[DataNode, ...]:
         images = images.gpu() if gpu else images
     else:
         images = _decoded(images, gpu)
-    operates = any(plan(kind, reading.options).slots for kind in reading.kinds)
-    colours = compiled_colours() if operates and not gpu else None
     views = []
     for view, kind in enumerate(reading.kinds):
         inputs = {name: drawn.pop(0) for name in names[view]}
-        views.append(graphs.random_view(images, plan(kind, reading.options), reading.options, inputs, colours))
+        views.append(graphs.random_view(images, plan(kind, reading.options), reading.options, inputs))
     if not reading.kinds:
         views.append(graphs.evaluation_view(images, reading.options))
     return index, images.shape(), *[graphs.normalized(view, reading.options) for view in views]

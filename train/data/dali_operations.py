@@ -65,18 +65,8 @@ def given(planned: Plan, draws: Draws, size: int) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in inputs.items()}
 
 
-Colours: TypeAlias = Callable[[Node, Node, Node], Node]
-"""(images, numbers int32 [K], magnitudes float32 [K]) -> images after K operations on colours, of which those with
-another number do nothing."""
-
-
-def random_view(
-    images: Node, planned: Plan, options: ViewOptions, inputs: dict[str, Node], colours: Colours | None = None
-) -> Node:
-    """A view [S, S, 3] of images of any size; `inputs` as `given` makes them.
-
-    `colours` carries out the operations on colours; without it, the graph does.
-    """
+def random_view(images: Node, planned: Plan, options: ViewOptions, inputs: dict[str, Node]) -> Node:
+    """A view [S, S, 3] of images of any size; `inputs` as `given` makes them."""
     size = options.image_size
     if planned.crop == "resized":
         images = resized_crop(images, planned, size, inputs)
@@ -84,7 +74,7 @@ def random_view(
         images = padded_crop(images, planned.padding, size, inputs["place"])
         if planned.flips:
             images = fn.flip(images, horizontal=inputs["flip"])
-    images = _in_runs(images, planned, inputs, colours) if colours else _one_by_one(images, planned, inputs)
+    images = _one_by_one(images, planned, inputs)
     if planned.affine:
         images = warp(images, inputs["affine"], False, planned.fill)
     if planned.cutout:
@@ -189,20 +179,6 @@ def _one_by_one(images: Node, planned: Plan, inputs: dict[str, Node]) -> Node:
             if number == NUMBER[name]:
                 images = COLOURS[name](images, magnitude)
         images = _moved(images, planned, slot, inputs)
-    return images
-
-
-def _in_runs(images: Node, planned: Plan, inputs: dict[str, Node], colours: Colours) -> Node:
-    """The same, with all operations on colours between two movements at once."""
-    run: list[int] = []
-    for slot in range(len(slots(planned))):
-        run.append(slot)
-        if f"matrix {slot}" in inputs or slot == len(slots(planned)) - 1:
-            numbers = fn.stack(*[inputs[f"number {number}"] for number in run])
-            none = types.Constant(np.float32(0), device="cpu")
-            magnitudes = fn.stack(*[inputs.get(f"magnitude {number}", none) for number in run])
-            images, run = colours(images, numbers, magnitudes), []
-            images = _moved(images, planned, slot, inputs)
     return images
 
 

@@ -27,24 +27,24 @@ def test_images_in_memory_stay_on_the_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dali", "numba", "expected"),
-    [
-        (GPU, True, False, "dali"),
-        (GPU, False, True, "torchvision"),
-        (CPU, True, True, "dali"),
-        (CPU, True, False, "torchvision"),
-        (CPU, False, True, "torchvision"),
-    ],
+    ("device", "dali", "expected"),
+    [(GPU, True, "dali"), (GPU, False, "torchvision"), (CPU, True, "torchvision"), (CPU, False, "torchvision")],
 )
-def test_files_go_through_dali_where_it_is_installed_and_faster(
-    device: torch.device, dali: bool, numba: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_files_go_through_dali_for_a_gpu_where_it_is_installed(
+    device: torch.device, dali: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "has_dali", lambda: dali)
-    monkeypatch.setattr(choice, "has_numba", lambda: numba)
-    name, note = choose(reading(FILES), device)
-    assert name == expected
-    assert (note is None) == (name == "dali")
-    assert note is None or "pip install '.[dali]'" in note
+    assert choose(reading(FILES), device)[0] == expected
+
+
+def test_only_a_gpu_without_dali_gets_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "has_dali", lambda: True)
+    assert choose(reading(FILES), GPU)[1] is None
+    monkeypatch.setattr(choice, "has_dali", lambda: False)
+    assert choose(reading(FILES), CPU)[1] is None
+    note = choose(reading(FILES), GPU)[1]
+    assert note is not None
+    assert "pip install '.[dali]'" in note
 
 
 def test_a_randaugment_that_only_timm_carries_out_goes_to_torchvision() -> None:
