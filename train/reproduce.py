@@ -343,7 +343,7 @@ def _measure_clusters(entries: Plan, known: Rows, console: Console) -> None:
 def fill(table: Table, entries: Plan, found: Rows, setting: Setting, seeds: int) -> Filled:
     """The table's cells from the rows of its finished runs."""
     words = setting.words(TABLES.get(table.name, table))
-    cells = [
+    by_row = [
         [
             results.cell(row, column, place, [found[entry.id] for entry in cell if entry.id in found], not words)
             for place, (column, cell) in enumerate(zip(table.columns, of_row, strict=True))
@@ -352,7 +352,7 @@ def fill(table: Table, entries: Plan, found: Rows, setting: Setting, seeds: int)
     ]
     selected_on = list(dict.fromkeys(row["selected_on"] for row in found.values() if row["selected_on"]))
     without = [_without(row.options is None, row.without_run, row.second_stage) for row in table.rows]
-    return Filled(table, cells, without, words, seeds, selected_on)
+    return Filled(table, by_row, without, words, seeds, selected_on)
 
 
 def _without(no_run: bool, why: str, second_stage: str | None) -> str:

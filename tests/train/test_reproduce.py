@@ -54,7 +54,7 @@ def options(tmp_path: Path, table: Any = "table1", **changes: Any) -> Command:
     return Command(table, Options(**{"folder": tmp_path / "runs", "data": tmp_path, "seeds": 2, **changes}))
 
 
-def plan(given: Command) -> tuple[Table, reproduce.Plan]:
+def planned(given: Command) -> tuple[Table, reproduce.Plan]:
     table, how = reproduce.table_of(given.table, given.options), given.options
     return table, reproduce.plan(table, Setting(how.dataset, how.epochs, how.validate_on), how)
 
@@ -68,7 +68,7 @@ def call(given: Command) -> str:
 
 
 def keys(table: str, tmp_path: Path, **changes: Any) -> set[str]:
-    return {entry.run.key for entry in reproduce.unique(plan(options(tmp_path, table, **changes))[1])}
+    return {entry.run.key for entry in reproduce.unique(planned(options(tmp_path, table, **changes))[1])}
 
 
 def finish(run: Run, **found: Any) -> None:
@@ -126,7 +126,7 @@ def test_the_papers_numbers_are_those_of_the_sources() -> None:
 
 
 def test_rows_run_as_the_paper_sets_them_and_with_everything_else_equal(tmp_path: Path) -> None:
-    table, entries = plan(options(tmp_path))
+    table, entries = planned(options(tmp_path))
     by_block: dict[str, list[Any]] = {}
     for row, cells in zip(table.rows, entries, strict=True):
         by_block.setdefault(row.block, []).append(cells[1][0].run.config)
@@ -198,7 +198,7 @@ def test_one_of_the_tables_own_data_sets_keeps_its_numbers() -> None:
 
 def test_several_data_sets_lie_in_folders_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "cifar10_lt").mkdir()
-    _, entries = plan(options(tmp_path))
+    _, entries = planned(options(tmp_path))
     assert [cell[0].run.data for cell in entries[0]] == [tmp_path / "cifar10_lt", tmp_path]
 
 
@@ -207,7 +207,7 @@ def test_several_data_sets_lie_in_folders_of_their_names(tmp_path: Path) -> None
 
 def test_a_half_done_set_goes_on_where_it_stopped(tmp_path: Path) -> None:
     given = options(tmp_path, dataset="digits_lt", epochs=3, only=("LC",), data=None)
-    _, entries = plan(given)
+    _, entries = planned(given)
     everything = list(reproduce.unique(entries))
     assert [entry.run.config.run.seed for entry in everything] == [0, 0, 1, 1]
     done, half, *rest = [entry.run for entry in everything]
@@ -223,7 +223,7 @@ def test_a_half_done_set_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_or_shorter_run_is_not_finished(tmp_path: Path) -> None:
-    run = next(reproduce.unique(plan(options(tmp_path))[1])).run
+    run = next(reproduce.unique(planned(options(tmp_path))[1])).run
     for found in ({"interrupted": True}, {"last_epoch": 12}):
         finish(run, **found)
         assert runs.state(run) == "missing"
@@ -231,7 +231,7 @@ def test_an_interrupted_or_shorter_run_is_not_finished(tmp_path: Path) -> None:
 
 
 def test_a_run_that_failed_after_its_figures_is_not_finished(tmp_path: Path) -> None:
-    run = next(reproduce.unique(plan(options(tmp_path))[1])).run
+    run = next(reproduce.unique(planned(options(tmp_path))[1])).run
     finish(run)
     (run.folder / "last.pt").touch()
     status.write(run.folder, "failed")  # as where the disk was full at the report
@@ -257,7 +257,7 @@ def test_a_half_done_run_goes_on_as_it_is_to_be_computed_now(tmp_path: Path) -> 
 
 
 def test_a_folder_of_other_values_is_not_taken_for_the_run(tmp_path: Path) -> None:
-    run = next(reproduce.unique(plan(options(tmp_path))[1])).run
+    run = next(reproduce.unique(planned(options(tmp_path))[1])).run
     finish(run)
     saved = json.loads((run.folder / "config.json").read_text())
     saved["optimization"]["lr"] = 0.123
@@ -274,7 +274,7 @@ def test_the_parts_of_an_array_are_the_same_whatever_is_finished(
 
     def at_once(jobs: list[Job], *_: Any) -> list[workers.Failure]:
         queued.extend(job.folder.name for job in jobs)
-        for run in (entry.run for entry in reproduce.unique(plan(given)[1])):
+        for run in (entry.run for entry in reproduce.unique(planned(given)[1])):
             if run.folder.name in queued:
                 finish(run)
         return []
@@ -290,7 +290,7 @@ def test_the_parts_of_an_array_are_the_same_whatever_is_finished(
 
 def test_known_rows_are_not_run_again(tmp_path: Path) -> None:
     given = options(tmp_path, "figure3", dataset="digits_lt", seeds=1)
-    _, entries = plan(given)
+    _, entries = planned(given)
     first, second = reproduce.unique(entries)
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"key": first.run.key, "second_stage": None, "balanced_accuracy": 0.5}) + "\n")
@@ -368,7 +368,7 @@ def shown(given: Command) -> tuple[str, dict, list[dict]]:
 
 def test_a_table_shows_the_paper_beside_ours(tmp_path: Path) -> None:
     given = options(tmp_path, only=("BCL",))
-    for entry in reproduce.unique(plan(given)[1]):
+    for entry in reproduce.unique(planned(given)[1]):
         seed = entry.run.config.run.seed
         finish(entry.run, balanced_accuracy=(0.84, 0.86)[seed], last_epoch_balanced_accuracy=0.83)
         if seed == 1 and entry.run.config.data.dataset == "cifar100_lt":
@@ -418,7 +418,7 @@ def test_the_papers_own_values_are_its_setting() -> None:
 
 def test_a_call_with_fewer_seeds_or_rows_loses_none(tmp_path: Path) -> None:
     given = options(tmp_path, dataset="cifar10_lt", only=("LC", "BCL"))
-    for entry in reproduce.unique(plan(given)[1]):
+    for entry in reproduce.unique(planned(given)[1]):
         finish(entry.run)
     everything = dataclasses.replace(given.options, only=(), run=False)
     name = given.options.folder / "tables" / "table1-cifar10_lt"
@@ -435,7 +435,7 @@ def test_a_call_with_fewer_seeds_or_rows_loses_none(tmp_path: Path) -> None:
 
 def test_another_setting_is_marked_and_keeps_away_from_the_real_table(tmp_path: Path) -> None:
     given = options(tmp_path, dataset="digits_lt", epochs=2, only=("BCL",), seeds=1)
-    for entry in reproduce.unique(plan(given)[1]):
+    for entry in reproduce.unique(planned(given)[1]):
         finish(entry.run)
     text, table, rows = shown(given)
     assert "NOT THE PAPER'S SETTING: digits_lt in place of the paper's data sets, 2 epochs" in text
@@ -459,7 +459,7 @@ def test_rows_without_runs_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_second_stages_run_on_finished_runs_and_give_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "second_stages_are_built", lambda: True)
     given = options(tmp_path, "table3", only=("Decoupled: cRT",), dataset="cifar10_lt", seeds=1)
-    _, entries = plan(given)
+    _, entries = planned(given)
     run = entries[0][0][0].run
     finish(run)
     stage = [line for line in reproduce.dry(entries, {}, 1) if "second_stage.py" in line]
@@ -476,7 +476,7 @@ def test_second_stages_run_on_finished_runs_and_give_rows(tmp_path: Path, monkey
 
 def test_a_second_stage_on_a_training_that_is_only_a_row_is_said(tmp_path: Path) -> None:
     given = options(tmp_path, "table3", only=("Decoupled: cRT",), dataset="digits_lt", seeds=1, data=None)
-    _, entries = plan(given)
+    _, entries = planned(given)
     rows = tmp_path / "rows.jsonl"
     keys = {entry.run.key for entry in reproduce.unique(entries)}
     rows.write_text("".join(json.dumps({"key": key, "second_stage": None, "seed": 0}) + "\n" for key in keys))
@@ -486,7 +486,7 @@ def test_a_second_stage_on_a_training_that_is_only_a_row_is_said(tmp_path: Path)
 
 
 def test_the_groups_of_the_compression_rule_are_read_from_what_the_run_said(tmp_path: Path) -> None:
-    run = next(reproduce.unique(plan(options(tmp_path, "compression", only=("failing 2, rest 1",)))[1])).run
+    run = next(reproduce.unique(planned(options(tmp_path, "compression", only=("failing 2, rest 1",)))[1])).run
     finish(run)
     said = compress(Objective(run.config, torch.tensor([9, 8, 7])), torch.tensor([0.1, 0.5, 0.6]))
     (run.folder / workers.LOG).write_text(f"Compression from epoch 101: {said}.\n")
@@ -497,14 +497,14 @@ def test_the_groups_of_the_compression_rule_are_read_from_what_the_run_said(tmp_
 
 def test_a_finished_run_without_groups_shows_none(tmp_path: Path) -> None:
     given = options(tmp_path, "compression", only=("off",), seeds=1)
-    for entry in reproduce.unique(plan(given)[1]):
+    for entry in reproduce.unique(planned(given)[1]):
         finish(entry.run)
     assert "not run" not in shown(given)[0]
 
 
 def test_markdown_has_as_many_cells_in_every_line(tmp_path: Path) -> None:
     for name in TABLES:
-        table, entries = plan(options(tmp_path, name, seeds=1))
+        table, entries = planned(options(tmp_path, name, seeds=1))
         text = render.as_markdown(reproduce.fill(table, entries, {}, Setting(), 1))
         lines = [line for line in text.splitlines() if line.startswith("|")]
         assert {line.count("|") for line in lines} == {2 + 2 * len(table.columns)}

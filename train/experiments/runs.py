@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
-from rcl_fast.train import checkpoints, config, run, status
+from rcl_fast.train import checkpoints, config, status
 from rcl_fast.train.config import RESUMABLE, Config
 from rcl_fast.train.experiments.tables import Column, Options, Row, Table
 
@@ -23,7 +23,8 @@ IGNORED = {
     "data": RESUMABLE["data"],
     "run": (RESUMABLE["run"] - {"precision"}) | {"output", "resume"},
 }
-SECOND_STAGES = Path(run.__file__).with_name("second_stage.py")
+_COMMANDS = Path(__file__).parents[1]
+TRAIN, SECOND_STAGES = _COMMANDS / "run.py", _COMMANDS / "second_stage.py"
 MAKES_IMBALANCE = ("digits_lt", "cifar10_lt", "cifar100_lt")
 
 
@@ -210,7 +211,7 @@ def check_saved(of: Run) -> None:
 def command(of: Run, processes: int = 1) -> list[str]:
     """What trains the run from where it stands."""
     data = [] if of.data is None else ["--data", str(of.data)]
-    start = [sys.executable, str(_shown(Path(run.__file__)))]
+    start = [sys.executable, str(_shown(TRAIN))]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         start[1:1] = torchrun
