@@ -31,7 +31,7 @@ setup(
     package_dir=packages(),
     package_data={
         "rcl_fast": ["py.typed"],
-        "rcl_fast.train": ["recipes/*.toml", "report.html.jinja"],
+        "rcl_fast.train": ["recipes/*.toml", "report/page.html.jinja"],
     },
     install_requires=[
         "torch>=2.6",  # the loss itself

@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 
 from rcl_fast.train import reproduce
+from rcl_fast.train.experiments import plan
 from rcl_fast.train.experiments.tables import Column, Row, Table
 
 SHOWN = ("balanced_accuracy", "harmonic_mean", "many", "medium", "few")
@@ -49,7 +50,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    how = reproduce.Options(
+    how = plan.Options(
         data=options.data, seeds=options.seeds, more=options.more, folder=options.folder, output=options.output
     )
     return reproduce.reproduce(table(options), how, Console())

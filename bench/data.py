@@ -31,14 +31,17 @@ from rich.console import Console
 from rich.table import Table
 from rows import append, spread
 
-from rcl_fast.train import config, engine
-from rcl_fast.train.data.choice import LoaderName, build, has_dali
+from rcl_fast.train import config
 from rcl_fast.train.data.datasets import Splits, load_splits
-from rcl_fast.train.data.loader import Loader, Reading, training_reading
 from rcl_fast.train.data.samples import Samples, take
-from rcl_fast.train.data.synthetic_loader import SyntheticLoader
-from rcl_fast.train.data.views import training_kinds
-from rcl_fast.train.machine import choose_machine
+from rcl_fast.train.loaders.base import Loader, Reading, training_reading
+from rcl_fast.train.loaders.build import LoaderName, has_dali, make_loader
+from rcl_fast.train.loaders.synthetic import SyntheticLoader
+from rcl_fast.train.loop import engine
+from rcl_fast.train.loop.step import Step
+from rcl_fast.train.loop.training import Training, start_training
+from rcl_fast.train.options import Config, training_kinds
+from rcl_fast.train.runtime.machine import choose_machine
 
 CPU = torch.device("cpu")
 
@@ -69,7 +72,7 @@ class Case(NamedTuple):
     """Images, and the recipe that says what becomes of them."""
 
     name: str
-    recipe: config.Config
+    recipe: Config
     samples: Samples
     batch_size: int
 
@@ -132,13 +135,13 @@ def loaders(case: Case, options: Options) -> dict[str, Loader]:
     """Every loader that brings these images, on every device there is."""
     what = reading(case)
     devices = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    found = {"torchvision, CPU": build("torchvision", what, device=CPU, workers=options.workers)}
+    found = {"torchvision, CPU": make_loader("torchvision", what, device=CPU, workers=options.workers)}
     for device in devices:
         where = "CPU" if device == CPU else "GPU"
         if has_dali():
-            found[f"DALI, {where}"] = build("dali", what, device=device, workers=options.workers)
+            found[f"DALI, {where}"] = make_loader("dali", what, device=device, workers=options.workers)
         if isinstance(case.samples.images, np.ndarray):
-            found[f"device, {where}"] = build("device", what, device=device, workers=0)
+            found[f"device, {where}"] = make_loader("device", what, device=device, workers=0)
     return found
 
 
@@ -181,12 +184,12 @@ def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
     counts = np.bincount(case.samples.labels)
     names = [str(number) for number in range(len(counts))]
     splits = Splits(case.samples, case.samples, case.samples, names, counts, "nothing")
-    training = engine.start(settings, splits, on)
+    training = start_training(settings, splits, on)
     what = reading(case)
     names: list[LoaderName] = ["device"] if isinstance(case.samples.images, np.ndarray) else ["dali"] * has_dali()
     sources: dict[str, Loader] = {"synthetic": SyntheticLoader(what, on.device)}
     for name in (*names, "torchvision"):
-        sources[f"{name} loader"] = build(name, what, device=on.device, workers=options.workers)
+        sources[f"{name} loader"] = make_loader(name, what, device=on.device, workers=options.workers)
     measured: dict[str, list[dict[str, float]]] = {source: [] for source in sources}
     for number in range(3 if options.dry_run else options.rounds + 1):
         training.epoch = number
@@ -206,7 +209,7 @@ def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
     ]
 
 
-def an_epoch(training: engine.Training, loader: Loader, step: engine.Step | None = None) -> dict[str, float]:
+def an_epoch(training: Training, loader: Loader, step: Step | None = None) -> dict[str, float]:
     """A whole one, whatever was trained before."""
     training.progress = None
     return engine.train_epoch(training, loader, Silent(), step=step)

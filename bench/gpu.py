@@ -122,7 +122,7 @@ def gate(call: Call) -> Commands:
 
 def captured(call: Call) -> Commands:
     """The trainer's tests that need a GPU, whole steps in CUDA graphs and compiled views; tune's."""
-    where = ["tests/train/test_whole_step.py", "tests/test_tune.py"]
+    where = ["tests/train/loop/test_cuda_graph.py", "tests/test_tune.py"]
     return (yield from tests(call, "captured", "-m", "gpu", *where))
 
 
@@ -322,7 +322,7 @@ def progress(curve: Path) -> tuple[bool, int]:
 
 
 def is_finished(run: Path) -> bool:
-    from rcl_fast.train import status  # needs the trainer's packages, which the part has asked for
+    from rcl_fast.train.rundir import status  # needs the trainer's packages, which the part has asked for
 
     return status.read(run) == "finished"
 
@@ -375,7 +375,7 @@ def dali(call: Call) -> Commands:
         yield python("-m", "pip", "install", *how, "--target", str(call.scratch / "site"), *wheels)
     if (yield python("-c", "import nvidia.dali")) != PASSED:
         return "left out: no nvidia.dali here (DALI=folder of its wheels brings it)"
-    return (yield from tests(call, "dali", "-m", "gpu", "tests/train/data/test_dali_on_a_gpu.py"))
+    return (yield from tests(call, "dali", "-m", "gpu", "tests/train/loaders/test_dali_on_a_gpu.py"))
 
 
 def flags(call: Call, names: dict[str, str]) -> list[str]:

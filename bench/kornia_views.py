@@ -11,8 +11,8 @@ from kornia import augmentation as K
 from kornia.augmentation.auto import AutoAugment
 from torch import Tensor
 
-from rcl_fast.train.data.loader import Reading
-from rcl_fast.train.data.views import ViewOptions
+from rcl_fast.train.loaders.base import Reading
+from rcl_fast.train.options import ViewOptions
 
 
 def epoch(reading: Reading, device: torch.device, number: int) -> int:

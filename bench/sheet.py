@@ -19,11 +19,11 @@ import tyro
 from torch import Tensor
 
 from rcl_fast.train import config
-from rcl_fast.train.data.choice import build
 from rcl_fast.train.data.datasets import load_splits
-from rcl_fast.train.data.loader import Batch, Reading, training_reading
 from rcl_fast.train.data.samples import Samples, open_image, take
-from rcl_fast.train.data.views import ViewOptions, training_kinds
+from rcl_fast.train.loaders.base import Batch, Reading, training_reading
+from rcl_fast.train.loaders.build import make_loader
+from rcl_fast.train.options import ViewOptions, training_kinds
 
 
 @dataclass
@@ -65,7 +65,7 @@ def made(reading: Reading) -> dict[str, Batch]:
     """One batch of each loader that brings these images."""
     names = ["torchvision", "dali", *(["device"] if isinstance(reading.samples.images, np.ndarray) else [])]
     cpu = torch.device("cpu")
-    return {name: next(iter(build(name, reading, device=cpu, workers=0).epoch(0))) for name in names}
+    return {name: next(iter(make_loader(name, reading, device=cpu, workers=0).epoch(0))) for name in names}
 
 
 def draw(picked: Samples, batches: dict[str, Batch], views: ViewOptions) -> plt.Figure:

@@ -54,17 +54,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from rcl_fast.train import config, engine
-from rcl_fast.train.data.choice import build, choose
+from rcl_fast.train import config
 from rcl_fast.train.data.datasets import Splits
-from rcl_fast.train.data.device_loader import DeviceLoader
-from rcl_fast.train.data.loader import Batch, Loader
 from rcl_fast.train.data.samples import Samples
-from rcl_fast.train.data.synthetic_loader import SyntheticLoader
-from rcl_fast.train.loading import compile_views
-from rcl_fast.train.machine import DTYPES, choose_machine
-from rcl_fast.train.models import LongTailedClassifier
-from rcl_fast.train.whole_step import WholeStep
+from rcl_fast.train.loaders.base import Batch, Loader
+from rcl_fast.train.loaders.build import choose, compile_views, make_loader
+from rcl_fast.train.loaders.device import DeviceLoader
+from rcl_fast.train.loaders.synthetic import SyntheticLoader
+from rcl_fast.train.loop.cuda_graph import WholeStep
+from rcl_fast.train.loop.training import Training, start_training
+from rcl_fast.train.network.models import LongTailedClassifier
+from rcl_fast.train.options import Config
+from rcl_fast.train.runtime.machine import DTYPES, choose_machine
 
 LOSS_CALLS = 5  # of the loss alone in a variant's turn
 PASSES = 5  # over a convolution's outputs, at least
@@ -101,8 +102,8 @@ class Loop(NamedTuple):
     """A way to train: what it changes, how an epoch of it runs, and under which switches of cuDNN."""
 
     name: str
-    training: engine.Training
-    epoch: Callable[[engine.Training, Loader], Any]
+    training: Training
+    epoch: Callable[[Training, Loader], Any]
     switches: Callable[[], AbstractContextManager[None]] = nullcontext
     is_graph: bool = False  # whose memory is held between steps: a step's peak would not show it
 
@@ -217,18 +218,18 @@ def loops(case: Case, splits: Splits, options: Options) -> Iterator[tuple[Loop, 
         yield Loop("ours, in a CUDA graph", captured, graph_epoch(), is_graph=True), [chosen]
 
 
-def start(case: Case, splits: Splits, options: Options, *arguments: str) -> engine.Training:
+def start(case: Case, splits: Splits, options: Options, *arguments: str) -> Training:
     """The data set's recipe; at a learning rate that keeps noise from diverging, which no step's time depends on."""
     dataset = case.recipe.data.dataset
     settings = config.parse(["--dataset", dataset, "--arch", options.arch, "--lr", "0.0001", *arguments])
-    return engine.start(settings, splits, choose_machine(settings.run))
+    return start_training(settings, splits, choose_machine(settings.run))
 
 
-def graph_epoch() -> Callable[[engine.Training, Loader], Any]:
+def graph_epoch() -> Callable[[Training, Loader], Any]:
     """Whole steps of one loader, captured in the first; what only warms up on noise goes step by step."""
     steps: dict[Loader, WholeStep] = {}
 
-    def epoch(training: engine.Training, loader: Loader) -> dict[str, float]:
+    def epoch(training: Training, loader: Loader) -> dict[str, float]:
         if not isinstance(loader, DeviceLoader):
             return an_epoch(training, loader)
         step = steps.setdefault(loader, WholeStep(loader))
@@ -237,7 +238,7 @@ def graph_epoch() -> Callable[[engine.Training, Loader], Any]:
     return epoch
 
 
-def plain_epoch(training: engine.Training, loader: Loader) -> None:
+def plain_epoch(training: Training, loader: Loader) -> None:
     """As BCL's main.py trains, but for its copy of the views on the CPU, which would only cost it time."""
     training.model.train()
     for batch in loader.epoch(training.epoch):
@@ -254,7 +255,7 @@ def plain_switches(tf32: bool) -> Callable[[], AbstractContextManager[None]]:
     return lambda: torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32)
 
 
-def on_device(training: engine.Training, batch: Batch) -> tuple[list[Tensor], Tensor]:
+def on_device(training: Training, batch: Batch) -> tuple[list[Tensor], Tensor]:
     views = [training.machine.images(batch[name]) for name in ("x1", "x2", "x3")]
     return views, training.machine.labels(batch["label"])
 
@@ -264,7 +265,7 @@ class Again:
 
     identity: dict[str, str]
 
-    def __init__(self, training: engine.Training, batch: Batch, steps: int) -> None:
+    def __init__(self, training: Training, batch: Batch, steps: int) -> None:
         views, labels = on_device(training, batch)
         self.batch: Batch = {"x1": views[0], "x2": views[1], "x3": views[2], "label": labels, "index": batch["index"]}
         self.steps_per_epoch = steps
@@ -282,7 +283,7 @@ def warm(loop: Loop, images: str, case: Case, options: Options) -> Variant:
     first = Again(training, noise, 1)
     loader: Loader = Again(training, noise, options.steps)
     if images != NOISE:
-        loader = build(images, what, device=device, workers=options.workers)  # type: ignore[arg-type]  # a LoaderName
+        loader = make_loader(images, what, device=device, workers=options.workers)  # type: ignore[arg-type]  # a LoaderName
         compile_views(training.config, loader, training.machine)
     with loop.switches():
         for _ in range(2):
@@ -315,7 +316,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def loss_alone(training: engine.Training, batch: Batch) -> Callable[[], None]:
+def loss_alone(training: Training, batch: Batch) -> Callable[[], None]:
     """The contrastive loss, forward and backward, on the embeddings and prototypes of a step."""
     contrastive = training.objective.contrastive
     assert contrastive is not None
@@ -418,7 +419,7 @@ def limits(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]
     ]
 
 
-def counted(settings: config.Config, num_classes: int, images: int = 4) -> tuple[float, float]:
+def counted(settings: Config, num_classes: int, images: int = 4) -> tuple[float, float]:
     """Of an image's three views: operations forward and backward, elements that convolutions put out."""
     operations: list[int] = []  # forward; PyTorch's own counter takes no account of groups in the backward pass
     outputs: list[int] = []

@@ -19,8 +19,11 @@ import tyro
 from rows import append
 from torch.nn import functional as F
 
-from rcl_fast.train import checkpoints, config, engine, loading
-from rcl_fast.train.machine import choose_machine
+from rcl_fast.train import config
+from rcl_fast.train.loaders import build
+from rcl_fast.train.loop.training import Training, start_training
+from rcl_fast.train.rundir import checkpoints
+from rcl_fast.train.runtime.machine import choose_machine
 
 
 @dataclass
@@ -43,8 +46,8 @@ def main(options: Options) -> None:
     settings = config.saved_config(options.run)
     data = dataclasses.replace(settings.data, data=options.data or settings.data.data)
     settings = dataclasses.replace(settings, data=data)
-    splits = loading.load(settings, print)
-    training = engine.start(settings, splits, choose_machine(settings.run))
+    splits = build.load(settings, print)
+    training = start_training(settings, splits, choose_machine(settings.run))
     training.model.load_state_dict(checkpoints.last_epoch(options.run).state["model"])
     training.model.eval()
     rows = [row for name in options.loaders for row in seen(training, splits, name, options.epoch)]
@@ -54,13 +57,13 @@ def main(options: Options) -> None:
 
 
 @torch.no_grad()
-def seen(training: engine.Training, splits: Any, loader: str, epoch: int) -> list[dict[str, Any]]:
+def seen(training: Training, splits: Any, loader: str, epoch: int) -> list[dict[str, Any]]:
     """A row a view: cross-entropy with its standard error, and accuracy."""
     settings = training.config
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, loader=loader))
     losses: dict[str, list[torch.Tensor]] = {}
     right: dict[str, list[torch.Tensor]] = {}
-    for batch in loading.training_loader(settings, splits, training.machine, print).epoch(epoch):
+    for batch in build.training_loader(settings, splits, training.machine, print).epoch(epoch):
         labels = training.machine.labels(batch["label"])
         for view in (name for name in ("x1", "x2", "x3") if name in batch):
             logits = training.model.classifier(training.model.backbone(training.machine.images(batch[view])))

@@ -24,13 +24,15 @@ TWO_EPOCHS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from data import an_epoch
-from rcl_fast.train import config, engine, loading
-from rcl_fast.train.machine import choose_machine
+from rcl_fast.train import config
+from rcl_fast.train.loaders import build
+from rcl_fast.train.loop.training import start_training
+from rcl_fast.train.runtime.machine import choose_machine
 settings = config.parse(["--loss", "ce", "--device", "cpu", "--loader", "device"])
 machine = choose_machine(settings.run)
-splits = loading.load(settings, print)
-training = engine.start(settings, splits, machine)
-loader = loading.training_loader(settings, splits, machine, print)
+splits = build.load(settings, print)
+training = start_training(settings, splits, machine)
+loader = build.training_loader(settings, splits, machine, print)
 for _ in range(2):
     weight = training.model.classifier.weight.clone()
     an_epoch(training, loader)

@@ -38,10 +38,10 @@ def test_only_rcl_fast_lands_in_site_packages(wheel: zipfile.Path) -> None:
         "functional.py",
         "backends/tiled.py",
         "train/run.py",
-        "train/data/views.py",
+        "train/views/transforms.py",
         "train/recipes/digits_lt.toml",
         "train/recipes/imagenet_lt.toml",
-        "train/report.html.jinja",
+        "train/report/page.html.jinja",
         "train/experiments/tables.py",
     ],
 )

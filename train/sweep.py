@@ -18,9 +18,13 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from rcl_fast.train import checkpoints, config, results, run, status
-from rcl_fast.train.config import RESUMABLE, Config, Dataset
-from rcl_fast.train.engine import NonFiniteLoss
+from rcl_fast.train import config
+from rcl_fast.train.config import RESUMABLE
+from rcl_fast.train.jobs import train
+from rcl_fast.train.loop.loss_readback import NonFiniteLoss
+from rcl_fast.train.options import Config, Dataset
+from rcl_fast.train.report import results
+from rcl_fast.train.rundir import checkpoints, status
 
 try:
     import optuna
@@ -225,7 +229,7 @@ def _run_trial(trial: _Trial, settings: Config, study: _Study, say: Callable[[st
     """Train, or go on, and tell the study. What stops the worker passes through, and the trial is left for another."""
     if status.read(trial.folder) != "finished":  # else its worker died before it could tell
         try:
-            run.run(_placed(settings, trial.folder))
+            train.run(_placed(settings, trial.folder))
         except SystemExit as error:
             if not isinstance(error.__cause__, NonFiniteLoss):
                 raise

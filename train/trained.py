@@ -1,49 +1,16 @@
-"""A run's network, to classify images with."""
+"""The earlier name of `rcl_fast.train.inference`."""
 
 from __future__ import annotations
 
-import csv
+import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from rcl_fast.train import checkpoints, config
-from rcl_fast.train.config import Config
-from rcl_fast.train.data.views import View, evaluation_view
-from rcl_fast.train.models import LongTailedClassifier
-from rcl_fast.train.objective import has_prototypes
-from rcl_fast.train.results import PER_CLASS
-
-
-class Trained(NamedTuple):
-    """What classifies an image: `model.classifier(model.backbone(view(image)[None]))` are its logits [1, C]."""
-
-    model: LongTailedClassifier  # on the CPU, in evaluation mode
-    view: View  # RGB image of Pillow -> float32 [3, S, S], as the run was tested
-    class_names: list[str]  # [C], in the order of the logits
+from rcl_fast.train import inference
+from rcl_fast.train.inference import Trained
+from rcl_fast.train.rundir import checkpoints
 
 
 def load(run: Path, checkpoint: str = checkpoints.BEST) -> Trained:
-    """Of a finished run's folder, or of its second stage's (RUN/second_stage/METHOD), by one of its checkpoints.
-
-    Raises SystemExit where the folder is no run's, or the checkpoint can't be read.
-    """
-    settings = config.saved_config(run.parent.parent if run.parent.name == "second_stage" else run)
-    model = network(settings, checkpoints.load(run / checkpoint)["model"])
-    return Trained(model.eval(), evaluation_view(settings.views), _class_names(run / PER_CLASS))
-
-
-def network(settings: Config, weights: dict[str, Any]) -> LongTailedClassifier:
-    """The network of a run's configuration with a checkpoint's weights, on the CPU."""
-    classes = len(weights["classifier.weight"])
-    model = LongTailedClassifier(
-        settings.model, classes, embeds=settings.contrastive, has_prototypes=has_prototypes(settings)
-    )
-    model.load_state_dict(weights)
-    return model
-
-
-def _class_names(file: Path) -> list[str]:
-    if not file.is_file():
-        raise SystemExit(f"{file} is not there, which names the classes: finish the run with --resume {file.parent}")
-    with file.open(encoding="utf-8", newline="") as rows:
-        return [row["class"] for row in csv.DictReader(rows)]
+    """`rcl_fast.train.inference.load_run`, which to call instead."""
+    warnings.warn("trained.load is now rcl_fast.train.inference.load_run", DeprecationWarning, stacklevel=2)
+    return inference.load_run(run, checkpoint)

@@ -28,7 +28,10 @@ import torch
 import tyro
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from rcl_fast.train import checkpoints, engine, results, run
+from rcl_fast.train import run
+from rcl_fast.train.loop import engine
+from rcl_fast.train.report import results
+from rcl_fast.train.rundir import checkpoints
 
 PROCESSES = 2
 ARGUMENTS = (

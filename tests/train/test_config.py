@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 
 from rcl_fast.train import config
-from rcl_fast.train.config import Config, Dataset, Loss, parse, recipe
+from rcl_fast.train.config import parse, recipe
+from rcl_fast.train.options import Config, Dataset, Loss
 
 
 @pytest.mark.parametrize("dataset", get_args(Dataset))

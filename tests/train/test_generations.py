@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rcl_fast
-from rcl_fast.train.config import RunOptions
-from rcl_fast.train.machine import choose_machine
+from rcl_fast.train.options import RunOptions
+from rcl_fast.train.runtime.machine import choose_machine
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from rcl_fast.train import checkpoints, results, status, sweep
-from rcl_fast.train.config import Config
-from rcl_fast.train.engine import NonFiniteLoss
+from rcl_fast.train import sweep
+from rcl_fast.train.loop.loss_readback import NonFiniteLoss
+from rcl_fast.train.options import Config
+from rcl_fast.train.report import results
+from rcl_fast.train.rundir import checkpoints, status
 
 
 def write_run(settings: Config) -> Path:
@@ -42,7 +44,7 @@ def start(study: Path, *more: str) -> None:
 
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep.run, "run", write_run)
+    monkeypatch.setattr(sweep.train, "run", write_run)
 
 
 @pytest.mark.usefixtures("stubbed")
@@ -78,11 +80,11 @@ def test_a_stopped_trial_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Mon
         raise SystemExit(os.EX_TEMPFAIL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep.run, "run", stopped)
+        patch.setattr(sweep.train, "run", stopped)
         with pytest.raises(SystemExit) as stop:
             start(study)
         assert stop.value.code == os.EX_TEMPFAIL
-    monkeypatch.setattr(sweep.run, "run", write_run)
+    monkeypatch.setattr(sweep.train, "run", write_run)
     start(study, "tau=1.0,1.3", "--", "--workers", "7")
     first, again, other = calls(study)
     assert again[:3] == first[:3]
@@ -98,7 +100,7 @@ def test_a_trial_that_diverges_has_failed_and_the_next_one_runs(
             raise SystemExit("the loss is not finite") from NonFiniteLoss()
         return write_run(settings)
 
-    monkeypatch.setattr(sweep.run, "run", diverging)
+    monkeypatch.setattr(sweep.train, "run", diverging)
     for _ in range(2):
         start(tmp_path / "study.log")
     assert [tau for _, tau, _, _ in calls(tmp_path / "study.log")] == ["1.3"]
@@ -116,7 +118,7 @@ def slow_run(settings: Config) -> Path:
 
 
 def work(study: Path, hangs: bool) -> None:
-    sweep.run.run = slow_run
+    sweep.train.run = slow_run
     if hangs:
         os.environ["HANGS"] = "1"
     start(study, "tau=1.0,1.1,1.2,1.3,1.4,1.5")

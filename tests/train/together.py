@@ -16,14 +16,17 @@ import numpy as np
 import torch
 
 from rcl_fast import LDAM
-from rcl_fast.train import engine, loading, processes
-from rcl_fast.train.config import Config, parse
+from rcl_fast.train.config import parse
 from rcl_fast.train.data.datasets import Splits
-from rcl_fast.train.data.loader import Batch, evaluation_reading, training_reading
-from rcl_fast.train.data.torchvision_loader import TorchvisionLoader
-from rcl_fast.train.data.views import training_kinds
-from rcl_fast.train.evaluation import evaluate, some_of
-from rcl_fast.train.machine import choose_machine
+from rcl_fast.train.loaders import build
+from rcl_fast.train.loaders.base import Batch, evaluation_reading, training_reading
+from rcl_fast.train.loaders.torchvision import TorchvisionLoader
+from rcl_fast.train.loop.evaluation import evaluate, some_of
+from rcl_fast.train.loop.step import train_step
+from rcl_fast.train.loop.training import Training, start_training
+from rcl_fast.train.options import Config, training_kinds
+from rcl_fast.train.runtime import distributed
+from rcl_fast.train.runtime.machine import choose_machine
 
 WORLDS = (1, 2, 3)
 LOSSES = ("ce", "cb_focal", "ldam_drw", "scl", "bcl_rcl")
@@ -34,10 +37,10 @@ def settings(*arguments: str) -> Config:
     return parse(["--device", "cpu", "--loader", "device", "--batch-size", "48", "--lr", "0.05", *arguments])
 
 
-def started(config: Config) -> tuple[engine.Training, Splits]:
+def started(config: Config) -> tuple[Training, Splits]:
     machine = choose_machine(config.run)
-    splits = loading.load(config, print)
-    return engine.start(config, splits, machine), splits
+    splits = build.load(config, print)
+    return start_training(config, splits, machine), splits
 
 
 def batches(config: Config, splits: Splits) -> list[Batch]:
@@ -46,7 +49,7 @@ def batches(config: Config, splits: Splits) -> list[Batch]:
     reading = training_reading(splits.train, kinds, config.views, seed=0, batch_size=48)
     found = []
     for size, batch in zip(SIZES, TorchvisionLoader(reading, workers=0).epoch(0), strict=False):
-        mine = np.array_split(np.arange(size), processes.world())[processes.rank()]
+        mine = np.array_split(np.arange(size), distributed.world())[distributed.rank()]
         cut = {name: value[torch.from_numpy(mine)] for name, value in batch.items()}
         found.append({name: x.to(torch.get_default_dtype()) if x.is_floating_point() else x for name, x in cut.items()})
     return found
@@ -61,7 +64,7 @@ def trained(*arguments: str) -> dict[str, Any]:
     if isinstance(training.objective.cross_entropy, LDAM):
         training.objective.cross_entropy.reweight()
     training.model.eval()
-    losses = [engine.train_step(training, batch) for batch in batches(config, splits)]
+    losses = [train_step(training, batch) for batch in batches(config, splits)]
     torch.set_default_dtype(torch.float32)
     return {"weights": training.model.state_dict(), "losses": losses, "keys": list(training.model.state_dict())}
 
@@ -72,7 +75,7 @@ def evaluated() -> dict[str, Any]:
     few = dataclasses.replace(splits.test, images=splits.test.images[:2], labels=splits.test.labels[:2])
     found = {}
     for name, samples in (("test set", splits.test), ("two images", few)):
-        place = {"rank": processes.rank(), "world": processes.world()}
+        place = {"rank": distributed.rank(), "world": distributed.world()}
         reading = evaluation_reading(samples, training.config.views, batch_size=48, **place)
         loader = TorchvisionLoader(reading, workers=0)
         picture = some_of(len(samples), most=100)
@@ -84,18 +87,18 @@ def resumed() -> dict[str, Any]:
     """Four steps with BatchNorm in training, in one go and with a new start after two."""
     config = settings("--loss", "bcl_rcl")
     whole, splits = started(config)
-    loader = loading.training_loader(config, splits, whole.machine, print)
+    loader = build.training_loader(config, splits, whole.machine, print)
     steps = list(loader.epoch(0))[:4]
     for batch in steps:
-        engine.train_step(whole, batch)
+        train_step(whole, batch)
     first, _ = started(config)
     for batch in steps[:2]:
-        engine.train_step(first, batch)
+        train_step(first, batch)
     state = first.state_dict()
     second, _ = started(config)
     second.load_state_dict(state)
     for batch in steps[2:]:
-        engine.train_step(second, batch)
+        train_step(second, batch)
     one, other = dict(whole.model.named_parameters()), dict(second.model.named_parameters())
     return {"same": all(torch.equal(one[name], other[name]) for name in one)}
 
@@ -135,7 +138,7 @@ def run(folder: Path, world: int) -> list[int]:
 def process(folder: Path, world: int, rank: int, port: int) -> None:
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with processes.joined(torch.device("cpu"), timeout_minutes=2):
+    with distributed.joined(torch.device("cpu"), timeout_minutes=2):
         found = {name: check() for name, check in CHECKS.items()}
     torch.save(found, folder / f"{world}-{rank}.pt")
 

@@ -1,0 +1,1 @@
+"""The data sets: which images, which labels, and whether their files are whole."""

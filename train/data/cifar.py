@@ -13,8 +13,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from rcl_fast.train.data.folder import image_folder
 from rcl_fast.train.data.long_tail import ImbalanceShape, first_of_each_class, long_tailed_counts
-from rcl_fast.train.data.missing import missing_data
-from rcl_fast.train.data.samples import BadImage, Published, Samples, open_image, take
+from rcl_fast.train.data.samples import BadImage, Published, Samples, missing_data, open_image, take
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from rcl_fast.train.data.missing import missing_data
-from rcl_fast.train.data.samples import Published, Samples
+from rcl_fast.train.data.samples import Published, Samples, missing_data
 
 
 def image_folder(data: Path | None) -> Published:

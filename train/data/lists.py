@@ -8,8 +8,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from numpy.typing import NDArray
 
-from rcl_fast.train.data.missing import missing_data
-from rcl_fast.train.data.samples import Published, Samples
+from rcl_fast.train.data.samples import Published, Samples, missing_data
 
 _OLTR = 'by the authors of "Large-Scale Long-Tailed Recognition in an Open World" (CVPR 2019)'
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcl_fast.train.data.samples import BadImage, Samples, describe, take
-from rcl_fast.train.logs import write_lines
+from rcl_fast.train.runtime.files import write_lines
 
 SHOWN = 5
 """Bad files that an error message names."""

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,3 +84,9 @@ def _cause(path: str, error: Exception) -> str:
     if os.path.isfile(path) and os.path.getsize(path) == 0:  # pathlib's raise for a name that no file can have
         return "the file is empty"
     return f"{type(error).__name__}: {error}"
+
+
+def missing_data(name: str, data: Path | None, expected: Sequence[str], how: str) -> FileNotFoundError:
+    """The error to raise: data set `name` lacks the paths `expected` below `data`; `how` says how to get them."""
+    where = f"not found below {data}" if data is not None else "no data folder was given; --data DIR should hold"
+    return FileNotFoundError("\n".join([f"{name}: {where}:", *(f"  {path}" for path in expected), how]))

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
-from rcl_fast.train import checkpoints
 from rcl_fast.train.experiments.features import Features, of_test_images
-from rcl_fast.train.experiments.runs import CLUSTERS
-from rcl_fast.train.logs import write_text
+from rcl_fast.train.experiments.rows import CLUSTERS
+from rcl_fast.train.rundir import checkpoints
+from rcl_fast.train.runtime.files import write_text
 
 
 def measure(run: Path, data: Path | None) -> None:

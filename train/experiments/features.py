@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from rcl_fast.train import checkpoints, config, loading, trained
-from rcl_fast.train.config import Config
+from rcl_fast.train import config
 from rcl_fast.train.data.datasets import Splits
-from rcl_fast.train.machine import choose_machine
-from rcl_fast.train.models import LongTailedClassifier
+from rcl_fast.train.loaders import build
+from rcl_fast.train.network.models import LongTailedClassifier, build_network
+from rcl_fast.train.options import Config
+from rcl_fast.train.rundir import checkpoints
+from rcl_fast.train.runtime.machine import choose_machine
 
 
 class Features(NamedTuple):
@@ -30,8 +32,8 @@ class Features(NamedTuple):
 def of_test_images(run: Path, checkpoint: str, data: Path | None) -> Features:
     """By the weights of run/checkpoint; a run of one epoch may have no best but the last: the caller names the file."""
     settings = _settings(run, data)
-    splits = loading.load(settings, _silent)
-    model = trained.network(settings, checkpoints.load(run / checkpoint)["model"])
+    splits = build.load(settings, _silent)
+    model = build_network(settings, checkpoints.load(run / checkpoint)["model"])
     return _pass(model, settings, splits)
 
 
@@ -51,7 +53,7 @@ def _pass(model: LongTailedClassifier, settings: Config, splits: Splits) -> Feat
     machine = choose_machine(settings.run)
     model.to(machine.device, memory_format=machine.memory_format).eval()  # type: ignore[call-overload]  # stubs lag
     backbone, head, labels = [], [], []
-    for batch in loading.evaluation_loader(settings, splits.test, machine, _silent).epoch(0):
+    for batch in build.evaluation_loader(settings, splits.test, machine, _silent).epoch(0):
         with machine.autocast():
             features = model.backbone(machine.images(batch["x1"]))
             embeddings = None if model.projection_head is None else model.projection_head(features)

@@ -14,8 +14,8 @@ import numpy as np
 
 from rcl_fast.train.experiments.clusters import best_checkpoint
 from rcl_fast.train.experiments.features import of_test_images
-from rcl_fast.train.logs import write_text
-from rcl_fast.train.report import balanced_subset, tsne
+from rcl_fast.train.report.feature_map import balanced_subset, tsne
+from rcl_fast.train.runtime.files import write_text
 
 MOST_POINTS = 3_000
 _NAMED_CLASSES = 10

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table as RichTable
 
-from rcl_fast.train.experiments.results import Cell, Spread
+from rcl_fast.train.experiments.cells import Cell, Spread
 from rcl_fast.train.experiments.tables import METRICS, Column, Paper, Row, Table, heading
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from rcl_fast.train import verify
 from rcl_fast.train.config import recipe
-from rcl_fast.train.data.choice import build
 from rcl_fast.train.data.cifar import CIFARS, Cifar
 from rcl_fast.train.data.datasets import Splits, load_splits
-from rcl_fast.train.data.loader import training_reading
-from rcl_fast.train.data.views import training_kinds
+from rcl_fast.train.loaders.base import training_reading
+from rcl_fast.train.loaders.build import make_loader
+from rcl_fast.train.options import training_kinds
 
 Arrays = dict[str, NDArray[Any]]
 CLASSES = ["airplane", "bird", "cat"]
@@ -108,7 +108,7 @@ class TestTheSameAsTheFolder:
             for data in (saved(arrays, tmp_path / "npz"), as_folder(arrays, tmp_path / "png"))
         ]
         for name in ("device", "torchvision"):
-            one, other = (build(name, reading, device=torch.device("cpu"), workers=0) for reading in readings)
+            one, other = (make_loader(name, reading, device=torch.device("cpu"), workers=0) for reading in readings)
             assert one.identity == other.identity
             for mine, theirs in zip(one.epoch(1), other.epoch(1), strict=True):
                 assert all(torch.equal(mine[key], theirs[key]) for key in ("x1", "x2", "x3", "label", "index"))

@@ -1,0 +1,182 @@
+import random
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rcl_fast.train.data.samples import BadImage, Samples
+from rcl_fast.train.loaders import torchvision
+from rcl_fast.train.loaders.base import Batch, evaluation_reading, training_reading
+from rcl_fast.train.loaders.torchvision import TorchvisionLoader
+from rcl_fast.train.options import ViewKind, ViewOptions
+
+OPTIONS = ViewOptions(
+    image_size=16,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    x1="randaugment",  # draws from random and numpy too
+    x2="sim",
+    x3="sim",
+    evaluation="as_is",
+)
+VIEWS: tuple[ViewKind, ...] = ("randaugment", "sim", "sim")
+
+
+def training_loader(
+    samples: Samples,
+    *,
+    kinds: tuple[ViewKind, ...] = VIEWS,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> TorchvisionLoader:
+    reading = training_reading(samples, kinds, OPTIONS, seed=seed, batch_size=8, rank=rank, world=world)
+    return TorchvisionLoader(reading, workers=workers)
+
+
+def evaluation_loader(
+    samples: Samples, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+) -> TorchvisionLoader:
+    reading = evaluation_reading(samples, OPTIONS, batch_size=batch_size, rank=rank, world=world)
+    return TorchvisionLoader(reading, workers=workers)
+
+
+def noise(n: int) -> Samples:
+    """Sample k has label k % 5, and k in the first byte of its otherwise random image."""
+    images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(n)
+    return Samples(images, np.arange(n) % 5)
+
+
+def epochs(workers: int, seed: int = 0) -> list[list[Batch]]:
+    """Epochs 0, 1 and 0 again, after an epoch that was broken off."""
+    loader = training_loader(noise(22), workers=workers, seed=seed)
+    next(iter(loader.epoch(7)))
+    return [list(loader.epoch(epoch)) for epoch in (0, 1, 0)]
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def without_workers() -> list[list[Batch]]:
+    return epochs(workers=0)
+
+
+class TestTrainingLoader:
+    def test_batches_are_what_they_say(self, without_workers: list[list[Batch]]) -> None:
+        loader = training_loader(noise(22))
+        assert loader.steps_per_epoch == len(without_workers[0]) == 2
+        for batch in without_workers[0]:
+            assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
+                "x1": (torch.float32, (8, 3, 16, 16)),
+                "x2": (torch.float32, (8, 3, 16, 16)),
+                "x3": (torch.float32, (8, 3, 16, 16)),
+                "label": (torch.int64, (8,)),
+                "index": (torch.int64, (8,)),
+            }
+            assert torch.equal(batch["label"], batch["index"] % 5)
+
+    def test_workers_change_nothing(self, without_workers: list[list[Batch]]) -> None:
+        for expected, found in zip(without_workers, epochs(workers=2), strict=True):
+            assert same(expected, found)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_an_epoch_goes_on_from_any_step(self, without_workers: list[list[Batch]], workers: int) -> None:
+        assert same(without_workers[1][1:], list(training_loader(noise(22), workers=workers).epoch(1, start=1)))
+
+    def test_epochs_differ_and_repeat(self, without_workers: list[list[Batch]]) -> None:
+        first, second, again = without_workers
+        assert same(first, again)
+        assert not torch.equal(first[0]["index"], second[0]["index"])
+
+    def test_an_image_is_augmented_anew_in_every_epoch_view_and_seed(self, without_workers: list[list[Batch]]) -> None:
+        def views_of(batches: list[Batch], sample: int) -> list[bytes]:
+            return [
+                batch[view][row].numpy().tobytes()
+                for batch in batches
+                for row in (batch["index"] == sample).nonzero().flatten()
+                for view in ("x2", "x3")
+            ]
+
+        runs = [without_workers[0], without_workers[1], epochs(workers=0, seed=1)[0]]
+        in_all = set.intersection(*({int(i) for batch in run for i in batch["index"]} for run in runs))
+        sample = min(in_all)
+        assert len({view for run in runs for view in views_of(run, sample)}) == 6
+
+    def test_ranks_see_the_images_that_one_process_sees(self) -> None:
+        make = partial(training_loader, noise(22))
+        whole = list(make().epoch(3))
+        ranks = [list(make(rank=rank, world=2).epoch(3)) for rank in range(2)]
+        joined = [{key: torch.cat([a[key], b[key]]) for key in a} for a, b in zip(*ranks, strict=True)]
+        assert same(whole, joined)
+
+    def test_the_global_generators_are_left_alone(self) -> None:
+        def states() -> tuple:
+            return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+
+        np.random.seed(1)  # noqa: NPY002
+        random.seed(1)
+        before = states()
+        loader = training_loader(noise(8))
+        assert len(list(loader.epoch(0))) == 1
+        assert states() == before
+
+    def test_without_a_contrastive_loss_there_is_one_view(self) -> None:
+        (batch,) = training_loader(noise(8), kinds=("randaugment",)).epoch(0)
+        assert batch.keys() == {"x1", "label", "index"}
+
+
+class TestEvaluationLoader:
+    @pytest.mark.parametrize("world", [1, 2, 3])
+    def test_each_sample_once_over_all_ranks_with_its_own_image(self, world: int) -> None:
+        samples = noise(23)
+        loaders = [evaluation_loader(samples, batch_size=6, rank=rank, world=world) for rank in range(world)]
+        batches = [batch for loader in loaders for batch in loader.epoch(0)]
+        assert sum(loader.steps_per_epoch for loader in loaders) == len(batches)
+        index = torch.cat([batch["index"] for batch in batches])
+        assert index.tolist() == list(range(23))
+        assert torch.equal(torch.cat([batch["label"] for batch in batches]), index % 5)
+        marks = torch.cat([batch["x1"][:, 0, 0, 0] for batch in batches])
+        assert torch.equal((255 * marks).round().long(), index)
+
+    def test_epochs_are_the_same(self) -> None:
+        loader = evaluation_loader(noise(5), batch_size=4)
+        assert same(list(loader.epoch(0)), list(loader.epoch(1)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_reaches_the_user_as_one_clear_line(tmp_path: Path, workers: int) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.new("RGB", (16, 16)).save(good)
+    bad.write_bytes(b"")
+    samples = Samples([str(good), str(bad)], np.array([0, 0]), ["list.txt, line 1", "list.txt, line 2"])
+    loader = evaluation_loader(samples, batch_size=2, workers=workers)
+    with pytest.raises(BadImage) as error:
+        list(loader.epoch(0))
+    assert str(error.value) == f"cannot read the image {bad} (list.txt, line 2): the file is empty"
+
+
+def threads(image: Image.Image) -> torch.Tensor:
+    return torch.tensor(torch.get_num_threads())
+
+
+def test_workers_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision, "evaluation_view", lambda options: threads)
+    loader = evaluation_loader(noise(2), batch_size=1, workers=2)
+    assert [int(batch["x1"]) for batch in loader.epoch(0)] == [1, 1]
+
+
+def test_torch_has_nothing_to_warn_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert list(evaluation_loader(noise(3), batch_size=2, workers=1).epoch(0))

@@ -1,0 +1,137 @@
+"""Checkpoints: atomic, in generations, checked, never executed, and clear about damage."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+
+from rcl_fast.train.rundir import checkpoints
+from rcl_fast.train.rundir.checkpoints import BEST, LAST, MID_EPOCH, PREVIOUS
+
+
+def state(epoch: int, step: int = 0) -> dict[str, Any]:
+    return {"epoch": epoch, "loader": {"epoch": epoch, "step": step}, "weights": torch.arange(1000)}
+
+
+def save(folder: Path, name: str, epoch: int, step: int = 0) -> None:
+    checkpoints.save(folder / name, state(epoch, step), folder / PREVIOUS if name == LAST else None)
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of a tensor: torch.load would not notice."""
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(100, 105).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def full_disk(_: dict[str, Any], file: BinaryIO) -> None:
+    file.write(b"half of it")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    saved = {"weights": torch.randn(3), "rows": [{"loss": 1.5, "few": None}], "name": "resnet32"}
+    checkpoints.save(tmp_path / LAST, saved)
+    loaded = checkpoints.load(tmp_path / LAST)
+    assert torch.equal(loaded.pop("weights"), saved.pop("weights"))
+    assert loaded == saved
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, LAST, 1)
+    save(tmp_path, LAST, 2)
+    monkeypatch.setattr(checkpoints, "_write", full_disk)
+    with pytest.raises(SystemExit, match=r"No space left.*as it was: last\.pt, previous\.pt\..*--resume"):
+        save(tmp_path, LAST, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {LAST, PREVIOUS}
+    assert checkpoints.newest(tmp_path).state["epoch"] == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_what_torch_makes_of_a_full_disk_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "last.pt.unfinished").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match=r"can't be written .*No checkpoint was written yet"):
+        save(tmp_path, LAST, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"can't be written to .*file .*make it writable, then start again"):
+        save(tmp_path / "file", LAST, 1)
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    save(tmp_path, LAST, 1)
+    save(tmp_path, MID_EPOCH, 1, step=7)
+    assert checkpoints.newest(tmp_path).path.name == MID_EPOCH
+    assert checkpoints.last_epoch(tmp_path).path.name == LAST
+    save(tmp_path, LAST, 2)
+    assert checkpoints.newest(tmp_path).path.name == LAST
+    assert checkpoints.load(tmp_path / PREVIOUS)["epoch"] == 1
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, cut_short, lambda path: path.write_bytes(b"")])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: Any) -> None:
+    for epoch in (1, 2):
+        save(tmp_path, LAST, epoch)
+    harm(tmp_path / LAST)
+    found = checkpoints.newest(tmp_path)
+    assert (found.path.name, found.state["epoch"]) == (PREVIOUS, 1)
+    assert found.damaged.keys() == {tmp_path / LAST}
+    checkpoints.set_aside(found.damaged)
+    save(tmp_path, LAST, 2)
+    assert checkpoints.load(tmp_path / PREVIOUS)["epoch"] == 1  # not the damaged one
+    assert (tmp_path / "last.pt.damaged").exists()
+
+
+def test_a_kill_between_the_two_renames_loses_no_more_than_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, LAST, 1)
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name == LAST:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, LAST, 2)
+    monkeypatch.undo()
+    assert checkpoints.exist(tmp_path)
+    assert checkpoints.newest(tmp_path).path.name == PREVIOUS
+    checkpoints.clear_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [PREVIOUS]
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch executed",)
+
+
+def test_a_checkpoint_is_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, BEST)
+    with pytest.raises(SystemExit, match=r"can't be read as a checkpoint"):
+        checkpoints.load(Path(BEST))
+    assert not Path("executed").exists()
+
+
+def test_damage_and_absence_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no checkpoint .*last\.pt"):
+        checkpoints.newest(tmp_path)
+    with pytest.raises(SystemExit, match=r"best\.pt can't be read .*no such file"):
+        checkpoints.load(tmp_path / BEST)
+    save(tmp_path, LAST, 1)
+    cut_short(tmp_path / LAST)
+    with pytest.raises(SystemExit, match=r"none of the checkpoints in .* can be read: last\.pt: "):
+        checkpoints.newest(tmp_path)

@@ -1,0 +1,133 @@
+"""What the command line changes of a table's runs, and the name of a run: a hash of what it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shlex
+from functools import cache
+from typing import NamedTuple, get_type_hints
+
+from rcl_fast.train import config
+from rcl_fast.train.config import RESUMABLE
+from rcl_fast.train.experiments.tables import Column, Options, Row, Table
+from rcl_fast.train.options import Config
+
+# What may differ between two runs that give the same figures: where things are, and how fast they are computed.
+IGNORED = {
+    "data": RESUMABLE["data"],
+    "run": (RESUMABLE["run"] - {"precision"}) | {"output", "resume"},
+}
+MAKES_IMBALANCE = ("digits_lt", "cifar10_lt", "cifar100_lt")
+
+
+class Setting(NamedTuple):
+    """What the command line changes of a table's runs; nothing of it is the paper's."""
+
+    dataset: str | None = None
+    epochs: int | None = None
+    validate_on: str | None = None
+    more: tuple[str, ...] = ()  # any options of train/run.py, as given
+
+    def words(self, table: Table) -> list[str]:
+        """What differs from the paper's setting; empty: nothing."""
+        replaced = self.dataset is not None and self.dataset not in _datasets(table)
+        found = {
+            "epochs": f"{self.epochs} epoch{'s' * (self.epochs != 1)}",
+            "validate_on": f"--validate-on {self.validate_on}",
+            "more": shlex.join(self.more),
+        }
+        return [f"{self.dataset} in place of the paper's data sets"] * replaced + [
+            text for name, text in found.items() if self.changes(table, name)
+        ]
+
+    def changes(self, table: Table, name: str) -> bool:
+        """Whether that field changes what is computed; --more="--cuda-graph" only changes how."""
+        without = self._replace(**{name: self._field_defaults[name]})
+        return self != without and any(
+            run_key(parsed(arguments_of(row, column, self))) != run_key(parsed(arguments_of(row, column, without)))
+            for column in adapt(table, self.dataset).columns
+            for row in table.rows
+            if row.options is not None
+        )
+
+
+def adapt(table: Table, dataset: str | None) -> Table:
+    """The table on one data set: its columns there, or if it has none, that one in place of each of its own.
+
+    In place of another data set the paper's numbers mean nothing: they are left out.
+    """
+    if dataset is None:
+        return table
+    if dataset in _datasets(table):
+        kept = [place for place, column in enumerate(table.columns) if column.options["dataset"] == dataset]
+        columns = tuple(table.columns[place] for place in kept)
+        rows = [row._replace(paper=tuple(row.paper[place] for place in kept if row.paper)) for row in table.rows]
+    else:
+        replaced = [column._replace(options=_elsewhere(column, dataset)) for column in table.columns]
+        columns = tuple(column for place, column in enumerate(replaced) if column not in replaced[:place])
+        rows = [row._replace(paper=()) for row in table.rows]
+    return table._replace(columns=columns, rows=tuple(rows))
+
+
+def _datasets(table: Table) -> set[str]:
+    return {column.options["dataset"] for column in table.columns}
+
+
+def _elsewhere(column: Column, dataset: str) -> Options:
+    keeps = ("imbalance",) if dataset in MAKES_IMBALANCE else ()
+    return {"dataset": dataset, **{name: column.options[name] for name in keeps if name in column.options}}
+
+
+def arguments_of(row: Row, column: Column, setting: Setting) -> tuple[str, ...]:
+    """Of train/run.py, for any seed."""
+    options = {**column.options, **(row.options or {})}
+    if options["dataset"].startswith("cifar"):
+        options["validate_on"] = "test"  # CIFAR's published figures are selected there
+    options.update({name: value for name in ("epochs", "validate_on") if (value := getattr(setting, name)) is not None})
+    return (*flags(options), *setting.more)
+
+
+@cache
+def parsed(arguments: tuple[str, ...]) -> Config:
+    """Kept, for it takes longer than all the rest, and tables ask for the same again."""
+    return config.parse(arguments)
+
+
+def flags(options: Options) -> list[str]:
+    """Options as the command line has them."""
+    found = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", str(value)]
+    return found
+
+
+def run_key(settings: Config) -> str:
+    """Names what a run computes: a hash of the resolved configuration, without where and on what machine.
+
+    Options at their class's default are left out, so that one added later changes no name; `check_saved` sees where
+    such a default has changed instead.
+    """
+    values = {
+        f"{section}.{name}": value
+        for section, options in settings.to_dict().items()
+        for name, value in options.items()
+        if name not in IGNORED.get(section, ()) and value != _DEFAULTS[section].get(name, _NO_DEFAULT)
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+_NO_DEFAULT = object()
+_DEFAULTS = {
+    section: {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default  # as JSON has it
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
+    for section, kind in get_type_hints(Config).items()
+}

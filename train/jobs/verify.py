@@ -1,0 +1,291 @@
+"""Every image of a data set decoded once: the bad ones named, a manifest of all written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from rcl_fast.metrics import FEW_BELOW, MANY_ABOVE
+from rcl_fast.train.data.datasets import load_splits
+from rcl_fast.train.data.folder import image_folder
+from rcl_fast.train.data.lists import LISTS, listed
+from rcl_fast.train.data.manifest import (
+    Changes,
+    Entry,
+    changes,
+    default_file,
+    read_manifest,
+    relative,
+    write_manifest,
+)
+from rcl_fast.train.data.samples import Published, Samples, describe
+from rcl_fast.train.data.scan import CHUNK, examined
+from rcl_fast.train.options import Dataset
+
+SHOWN = 5  # files or classes that are named of each kind
+CLASSES_SHOWN = 20  # a data set of more classes is summed up
+
+
+@dataclass(frozen=True)
+class Options:
+    """The images to verify."""
+
+    dataset: Dataset
+    """Data set, as for train/run.py. "folder" is your own images: DATA/train/CLASS/*, DATA/test/CLASS/*."""
+    data: Path | None = None
+    """Folder that holds the data set."""
+    manifest: Path | None = None
+    """File to write; None: DATA/rcl_fast_manifest.jsonl. Name one elsewhere where DATA is read-only."""
+    workers: int = os.cpu_count() or 1
+    """Processes that decode; 0: none but the main one."""
+
+
+def verify(options: Options, console: Console) -> int:
+    """Verify, write the manifest, print what was found; returns the exit status. Raises SystemExit if it cannot."""
+    if options.dataset in (*LISTS, "folder"):
+        return _verify_files(options, console)
+    splits = _load(console, partial(load_splits, options.dataset, options.data))
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    entries = [Entry("", part, int(label)) for part, samples in parts.items() for label in samples.labels]
+    _show_splits(console, entries, {})
+    _show_classes(console, entries, splits.class_names)
+    _say(
+        console,
+        f"This is {options.dataset} as a run has it by default; the best epoch is selected on {splits.selected_on}.\n"
+        "It is read into memory, which has just checked every image: it needs no manifest.",
+    )
+    return 0
+
+
+class Listed(NamedTuple):
+    """One image of a published data set."""
+
+    split: str
+    samples: Samples
+    position: int
+
+
+def _verify_files(options: Options, console: Console) -> int:
+    published = _load(console, partial(_published, options.dataset, options.data))
+    data = options.data or Path()  # without a folder, there would be nothing published
+    file = options.manifest or default_file(data)
+    _check_writable(file)
+    before = _load(console, partial(read_manifest, options.dataset, data, options.manifest)) if file.exists() else None
+    images = list(_listed(published))
+    unseen = [
+        Entry(relative(samples.images[position], data), split, int(samples.labels[position]))
+        for split, samples, position in images
+    ]
+    _say(console, f"{options.dataset}: {len(images):,} images to decode")
+    try:
+        entries = list(_watched(examined(unseen, data, options.workers), len(unseen), console))
+        since = changes(before, entries) if before else Changes([], [], [])
+        _write(file, entries, keep_earlier=bool(since.changed))
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted: {f'{file} is as it was' if before else 'no manifest was written'}") from None
+    _show_splits(console, entries, LISTS[options.dataset].sizes if options.dataset in LISTS else {})
+    _show_classes(console, entries, published.class_names)
+    _show_formats(console, entries)
+    if before:
+        _show_changes(console, since, _earlier(file))
+    _show_bad(console, [(image, entry.error) for image, entry in zip(images, entries, strict=True) if entry.error])
+    _say(console, f"manifest: {file}")
+    return 1 if since.changed or any(entry.error for entry in entries) else 0
+
+
+T = TypeVar("T")
+
+
+def _load(console: Console, load: Callable[[], T]) -> T:
+    """What `load` returns; its warnings are printed, its errors end the program."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = load()
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    for warning in caught:
+        _say(console, f"note: {warning.message}")
+    return loaded
+
+
+def _published(dataset: str, data: Path | None) -> Published:
+    return image_folder(data) if dataset == "folder" else listed(dataset, data)
+
+
+def _listed(published: Published) -> Iterator[Listed]:
+    parts = {"train": published.train, "validation": published.validation, "test": published.test}
+    for split, samples in parts.items():
+        if samples is not None:
+            yield from (Listed(split, samples, position) for position in range(len(samples)))
+
+
+def _check_writable(file: Path) -> None:
+    """Raises SystemExit now, not after an hour of decoding."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError("that is a folder")
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise _not_written(file, error) from error
+
+
+def _write(file: Path, entries: Sequence[Entry], *, keep_earlier: bool) -> None:
+    try:
+        if keep_earlier:
+            shutil.copyfile(file, _earlier(file))
+        write_manifest(file, entries)
+    except OSError as error:
+        raise _not_written(file, error) from error
+
+
+def _not_written(file: Path, error: OSError) -> SystemExit:
+    return SystemExit(
+        f"the manifest can't be written to {file} ({error}): name a file elsewhere with --manifest PATH, "
+        "and give train/run.py the same"
+    )
+
+
+def _earlier(file: Path) -> Path:
+    return file.with_name(file.name + ".earlier")
+
+
+def _watched(entries: Iterable[Entry], total: int, console: Console) -> Iterator[Entry]:
+    """The same entries, with a progress bar while they come."""
+    columns = (BarColumn(), TextColumn("{task.fields[status]}"), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total, status="starting")
+        bad = 0
+        for done, entry in enumerate(entries, start=1):
+            bad += entry.error is not None
+            if done % CHUNK == 0:
+                rate = progress.tasks[0].speed or 0
+                status = f"{done:,} of {total:,}  {rate:,.0f} img/s  {bad:,} bad"
+                progress.update(task, completed=done, status=status)
+            yield entry
+
+
+def _show_splits(console: Console, entries: Sequence[Entry], published: dict[str, int]) -> None:
+    found = Counter(entry.split for entry in entries)
+    bad = Counter(entry.split for entry in entries if entry.error)
+    table = _table("", "images", *["published"] * bool(published), "bad")
+    for split, count in found.items():
+        sizes = [f"{published[split]:,}"] if published else []
+        table.add_row(split, f"{count:,}", *sizes, f"{bad[split]:,}")
+    console.print(table)
+
+
+def _show_classes(console: Console, entries: Sequence[Entry], names: Sequence[str]) -> None:
+    """Images of each class that decode, or a summary where the classes are many."""
+    labels: dict[str, list[int]] = defaultdict(list)
+    for entry in entries:
+        labels[entry.split] += [] if entry.error else [entry.label]
+    counts = {split: np.bincount(np.array(found, np.int64), minlength=len(names)) for split, found in labels.items()}
+    train = counts["train"]
+    if len(names) <= CLASSES_SHOWN:
+        table = _table("class", *counts)
+        for name, *row in zip(names, *counts.values(), strict=True):
+            table.add_row(Text(name), *(f"{count:,}" for count in row))
+    else:
+        table = _table("training images a class", "classes", "images")
+        for group, of_group in {
+            f"many (> {MANY_ABOVE})": train > MANY_ABOVE,
+            f"medium ({FEW_BELOW} to {MANY_ABOVE})": (train >= FEW_BELOW) & (train <= MANY_ABOVE),
+            f"few (< {FEW_BELOW})": train < FEW_BELOW,
+        }.items():
+            table.add_row(group, f"{of_group.sum():,}", f"{train[of_group].sum():,}")
+    console.print(table)
+    largest, smallest = int(train.argmax()), int(train.argmin())
+    _say(
+        console,
+        f"{len(names):,} classes; training images that decode: "
+        f"{train[largest]:,} ({names[largest]}) down to {train[smallest]:,} ({names[smallest]})",
+    )
+    for split, of_split in counts.items():
+        empty = [name for name, count in zip(names, of_split, strict=True) if count == 0]
+        if empty:
+            _say(console, f"{split} has no image that decodes of {_some(empty)}")
+
+
+def _show_formats(console: Console, entries: Sequence[Entry]) -> None:
+    """As what Pillow opens them; a rare one may be there by mistake."""
+    found = Counter(f"{entry.format} {entry.mode}" for entry in entries if not entry.error)
+    _say(console, "formats: " + ", ".join(f"{what} {count:,}" for what, count in found.most_common()))
+
+
+def _show_changes(console: Console, since: Changes, earlier: Path) -> None:
+    _say(
+        console,
+        "since the earlier manifest: " + ", ".join(f"{len(paths):,} {what}" for what, paths in since._asdict().items()),
+    )
+    for what, paths in since._asdict().items():
+        if paths:
+            _say(console, f"  {what}: {_some(paths)}")
+    if since.changed:
+        _say(console, f"  the earlier manifest is kept as {earlier}")
+
+
+def _show_bad(console: Console, bad: Sequence[tuple[Listed, str]]) -> None:
+    if not bad:
+        _say(console, "every image decodes")
+        return
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for (_, samples, position), error in bad:
+        kinds[_kind(error)].append(f"{describe(samples, position)}: {error}")
+    table = _table("bad files", "files")
+    for kind, lines in kinds.items():
+        table.add_row(kind, f"{len(lines):,}")
+    console.print(table)
+    for kind, lines in kinds.items():
+        _say(
+            console,
+            "\n  ".join([kind, *lines[:SHOWN]]) + (f"\n  and {len(lines) - SHOWN:,} more" * (len(lines) > SHOWN)),
+        )
+    _say(console, "mend them and verify again, or train without them: train/run.py --on-bad-image skip")
+
+
+_KINDS = {
+    "there is no such file": "missing",
+    "the file is empty": "empty",
+    "it is a folder": "a folder or a device",
+    "UnidentifiedImageError": "no image, or of an unknown format",
+    "OSError: image file is truncated": "truncated",
+    "DecompressionBombError": "too many pixels",
+    "PermissionError": "not permitted to read",
+}
+
+
+def _kind(error: str) -> str:
+    return next((kind for start, kind in _KINDS.items() if error.startswith(start)), "damaged")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    """Print what may name files: no markup is read in it, and names that are no UTF-8 don't stop it."""
+    console.print(text.encode(errors="replace").decode(), markup=False, highlight=False)

@@ -1,0 +1,250 @@
+"""Batches by NVIDIA's DALI, on a GPU or the CPU: images are read, decoded once and made into views in its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import RandomCrop
+
+from rcl_fast.train.data.samples import BadImage, Samples, describe, open_image
+from rcl_fast.train.loaders.base import Batch, Reading, identity
+from rcl_fast.train.views.params import draw, plan
+from rcl_fast.train.views.transforms import RequireSize
+
+try:
+    import nvidia.dali
+    from nvidia.dali import Pipeline, fn, pipeline_def, types
+    from nvidia.dali.data_node import DataNode
+except ImportError as error:
+    raise ImportError("NVIDIA DALI is not installed (pip install '.[dali]' in rcl_fast's folder, on Linux)") from error
+
+from rcl_fast.train.views import dali_graph
+
+Indices = NDArray[np.int64]
+
+
+class DaliLoader:
+    """A Loader of float32 views in channels_last memory, made on `device`.
+
+    The pipeline has no random state: what `draws` drew goes in with the images. So a view depends on (seed, epoch,
+    index, view) alone, and every position is as good to begin at as another.
+    """
+
+    def __init__(self, reading: Reading, *, device: torch.device, threads: int) -> None:
+        """`threads`: of the CPU. Raises ValueError for views that only the torchvision loader makes."""
+        dali_graph.check(reading.kinds, reading.options)
+        self.steps_per_epoch = len(reading.batches(0))
+        self.identity = identity(reading, f"DALI 3, without Numba (nvidia-dali {nvidia.dali.__version__})")
+        self._reading = reading
+        self._labels = torch.from_numpy(reading.samples.labels)
+        self._device = device
+        self._threads = threads
+        self._bad: dict[int, BadImage] = {}
+        self._source = _Source(reading, self._bad)
+        self._pipeline = self._build()
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self._run_out()
+        batches = self._reading.batches(epoch)[start:]
+        self._source.begin(epoch, batches)
+        for step, indices in enumerate(batches):
+            batch = self._batch(step)
+            for index in indices.tolist():
+                if index in self._bad:
+                    self._reading.on_bad(self._bad[index])
+            if batch:
+                yield batch
+
+    def _build(self) -> Pipeline:
+        return _views(
+            self._source,
+            self._reading,
+            batch_size=-(-self._reading.batch_size // self._reading.world),
+            num_threads=self._threads,
+            device_id=_gpu(self._device),
+        )
+
+    def _run_out(self) -> None:
+        """Ends what an epoch that was broken off had begun."""
+        self._source.begin(0, [])
+        try:
+            while True:
+                self._pipeline.run()
+        except StopIteration:
+            self._pipeline.reset()
+        except RuntimeError:  # a bad image that nobody asks for any more
+            self._pipeline = self._build()
+
+    def _batch(self, step: int) -> Batch:
+        """The good images of that step; empty where none is."""
+        stream = None if _gpu(self._device) is None else torch.cuda.current_stream(self._device)
+        while self._source.good(step).size:
+            try:
+                outputs = self._pipeline.run(stream)
+            except RuntimeError as error:
+                self._recover(step, error)
+            else:
+                return self._tensors(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
+        return {}
+
+    def _recover(self, step: int, error: RuntimeError) -> None:
+        """Goes back to that step without the bad files that the pipeline met, which ended it at the first of them."""
+        met = np.concatenate(self._source.batches[step : self._source.given])
+        bad = _bad_files(self._reading.samples, met, _gpu(self._device))
+        if not bad:
+            raise error
+        self._bad |= bad
+        self._source.given = step
+        self._pipeline = self._build()
+
+    def _tensors(self, index: Tensor, shapes: Tensor, *views: Tensor) -> Batch:
+        batch = {f"x{number + 1}": view.permute(0, 3, 1, 2) for number, view in enumerate(views)}
+        batch |= {"label": self._labels[index], "index": index}
+        bad = _bad_sizes(self._reading, index, shapes)
+        if not bad:
+            return batch
+        self._bad |= bad
+        rows = torch.tensor([row for row, i in enumerate(index.tolist()) if i not in bad], dtype=torch.int64)
+        return {name: value[rows.to(value.device)] for name, value in batch.items()} if len(rows) else {}
+
+
+class _Source:
+    """Gives the pipeline a batch whenever it asks for the next: images, indices, and what was drawn for the views."""
+
+    def __init__(self, reading: Reading, bad: dict[int, BadImage]) -> None:
+        self._reading = reading
+        self._bad = bad
+        self.begin(0, [])
+
+    def begin(self, epoch: int, batches: list[Indices]) -> None:
+        self._epoch = epoch
+        self.batches = batches
+        self.given = 0
+        """How many of them the pipeline has been given; it asks ahead."""
+
+    def good(self, step: int) -> Indices:
+        return np.array([i for i in self.batches[step].tolist() if i not in self._bad], dtype=np.int64)
+
+    def __call__(self) -> list[Any]:
+        while self.given < len(self.batches):
+            index = self.good(self.given)
+            self.given += 1
+            if index.size:
+                drawn = [tensor.numpy() for view in self.drawn(index) for tensor in view.values()]
+                return [_images(self._reading.samples, index), index, *drawn]
+        raise StopIteration  # DALI's end of an epoch
+
+    def drawn(self, index: Indices) -> list[dict[str, Tensor]]:
+        """The inputs of each view's graph, by name."""
+        options, seed = self._reading.options, self._reading.seed
+        return [
+            dali_graph.given(
+                plan(kind, options),
+                draw(kind, options, seed=seed, epoch=self._epoch, index=torch.from_numpy(index), view=view),
+                options.image_size,
+            )
+            for view, kind in enumerate(self._reading.kinds)
+        ]
+
+
+@pipeline_def(enable_conditionals=True)
+def _views(source: _Source, reading: Reading) -> tuple[DataNode, ...]:
+    """Indices, shapes of the images, and their views."""
+    names = [list(view) for view in source.drawn(np.zeros(1, np.int64))]
+    images, index, *drawn = fn.external_source(source, num_outputs=2 + sum(map(len, names)), batch=True)
+    gpu = Pipeline.current().device_id is not None
+    if isinstance(reading.samples.images, np.ndarray):
+        images = fn.reinterpret(images, layout="HWC")
+        images = images.gpu() if gpu else images
+    else:
+        images = _decoded(images, gpu)
+    views = []
+    for view, kind in enumerate(reading.kinds):
+        inputs = {name: drawn.pop(0) for name in names[view]}
+        views.append(dali_graph.random_view(images, plan(kind, reading.options), reading.options, inputs))
+    if not reading.kinds:
+        views.append(dali_graph.evaluation_view(images, reading.options))
+    return index, images.shape(), *[dali_graph.normalized(view, reading.options) for view in views]
+
+
+@pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
+def _decoding(paths: Iterator[list[NDArray[np.uint8]]]) -> DataNode:
+    return _decoded(fn.external_source(paths, batch=True), Pipeline.current().device_id is not None)
+
+
+def _decoded(paths: DataNode, gpu: bool) -> DataNode:
+    """As Pillow decodes them, which leaves EXIF's rotation alone."""
+    return fn.decoders.image(
+        fn.io.file.read(paths),
+        device="mixed" if gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+    )
+
+
+def _images(samples: Samples, index: Indices) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
+    """Their pixels, or the bytes of their paths."""
+    images = samples.images
+    if isinstance(images, np.ndarray):
+        return images[index]
+    return [np.frombuffer(images[i].encode(), np.uint8) for i in index]
+
+
+def _bad_files(samples: Samples, indices: Indices, gpu: int | None) -> dict[int, BadImage]:
+    """Those that DALI cannot read, in the torchvision loader's words where Pillow cannot either."""
+    bad: dict[int, BadImage] = {}
+    if isinstance(samples.images, np.ndarray):
+        return bad
+    while indices.size:
+        pipeline = _decoding(iter([_images(samples, indices[[i]]) for i in range(len(indices))]), device_id=gpu)
+        try:
+            for index in indices.tolist():  # noqa: B007
+                pipeline.run()
+        except RuntimeError:
+            bad[index] = _bad_file(samples, index)
+            indices = indices[indices.tolist().index(index) + 1 :]
+        else:
+            break
+    return bad
+
+
+def _bad_file(samples: Samples, index: int) -> BadImage:
+    try:
+        open_image(samples, index)
+    except BadImage as error:
+        return error
+    return BadImage(f"cannot read {describe(samples, index)}: DALI does not decode it; --loader torchvision does")
+
+
+def _bad_sizes(reading: Reading, index: Tensor, shapes: Tensor) -> dict[int, BadImage]:
+    """The images that the views cannot be made of, in the words of what the torchvision loader does with them."""
+    options = reading.options
+    size, crops = options.image_size, {plan(kind, options).crop for kind in reading.kinds}
+    if "none" in crops or (not crops and options.evaluation == "as_is"):
+        wrong, transform = (shapes[:, :2] != size).any(1), RequireSize(size)
+    elif "padded" in crops:
+        padding = options.crop_padding
+        wrong, transform = (shapes[:, :2] + 2 * padding < size).any(1), RandomCrop(size, padding=padding)
+    else:
+        return {}
+    bad = {}
+    for row in wrong.nonzero().flatten().tolist():
+        height, width, _ = shapes[row].tolist()
+        try:
+            transform(Image.new("RGB", (width, height)))
+        except ValueError as error:
+            image = int(index[row])
+            bad[image] = BadImage(f"cannot use {describe(reading.samples, image)}: {error}")
+    return bad
+
+
+def _gpu(device: torch.device) -> int | None:
+    """DALI's number of it; None for the CPU."""
+    return (device.index or 0) if device.type == "cuda" else None

@@ -1,0 +1,1 @@
+"""What lies in runs/NAME besides results: checkpoints, status, logs, restarts."""

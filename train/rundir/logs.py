@@ -1,0 +1,101 @@
+"""What a person watches and what a program reads: the progress bar, metrics.jsonl, TensorBoard's scalars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from rcl_fast.train.runtime.files import write_lines
+
+
+class Log(Protocol):
+    """What training tells of itself."""
+
+    def say(self, text: str) -> None: ...
+
+    def step_ended(
+        self, epoch: int, steps_per_epoch: int, losses: dict[str, float], images_per_second: float
+    ) -> None: ...
+
+    def epoch_ended(self, history: list[dict[str, Any]], is_best: bool) -> None: ...
+
+
+class SilentLog:
+    """The Log of every process but the main one."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step_ended(self, epoch: int, steps_per_epoch: int, losses: dict[str, float], images_per_second: float) -> None:
+        pass
+
+    def epoch_ended(self, history: list[dict[str, Any]], is_best: bool) -> None:
+        pass
+
+
+class RunLog:
+    """The log of one run, in its folder; use it as a context manager."""
+
+    def __init__(self, folder: Path, epochs: int, epochs_done: int, console: Console) -> None:
+        self._folder = folder
+        self._epochs = epochs
+        self._console = console
+        self._tensorboard = SummaryWriter(str(folder), purge_step=epochs_done + 1)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=None, status="")
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._tensorboard.close()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def step_ended(self, epoch: int, steps_per_epoch: int, losses: dict[str, float], images_per_second: float) -> None:
+        """Move the bar by a step of epoch (from 0); `losses` are the epoch's means so far."""
+        task = self._progress.tasks[0]
+        if task.total is None:
+            self._progress.reset(self._task, total=(self._epochs - epoch) * steps_per_epoch)
+        shown = "  ".join(f"{name.replace('_', '-')} {value:.3f}" for name, value in losses.items())
+        self._progress.update(
+            self._task,
+            advance=1,
+            description=f"epoch {epoch + 1}/{self._epochs}",
+            status=f"{shown}  {images_per_second:,.0f} img/s",
+        )
+
+    def epoch_ended(self, history: list[dict[str, Any]], is_best: bool) -> None:
+        """Keep the last row: a line for the person, metrics.jsonl, TensorBoard."""
+        row = history[-1]
+        groups = "  ".join(f"{name} {row[name]:.1%}" for name in ("many", "medium", "few") if row[name] is not None)
+        self.say(
+            f"epoch {row['epoch']:>3}/{self._epochs}  loss {row['loss']:.3f}  "
+            f"balanced {row['balanced_accuracy']:.1%}  {groups}  {row['images_per_second']:,.0f} img/s"
+            + (f" ({row['waiting_for_data']:.0%} of the time in the loader)" if row["waiting_for_data"] > 0.1 else "")
+            + ("  best" if is_best else "")
+        )
+        write_lines(self._folder / "metrics.jsonl", history)
+        for name, value in row.items():
+            if name != "epoch" and value is not None:
+                self._tensorboard.add_scalar(name, value, row["epoch"])
+        self._tensorboard.flush()

@@ -1,0 +1,43 @@
+"""status.json: what became of a run, for the script that started it. torchrun's own exit status doesn't tell."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from rcl_fast.train.runtime import distributed
+from rcl_fast.train.runtime.files import write_text
+
+FILE = "status.json"
+Status = Literal["running", "preempted", "interrupted", "finished", "failed"]
+
+_NEXT = {
+    "running": "if no process of it is left, it was killed: go on with --resume {folder}",
+    "preempted": "a signal stopped it and it saved itself: go on with --resume {folder}",
+    "interrupted": "Ctrl-C stopped it: go on with --resume {folder}",
+    "finished": "nothing is left to do",
+    "failed": "mend what the error says, then go on with --resume {folder}",
+}
+
+
+def write(folder: Path, status: Status) -> None:
+    """Of the main process; raises OSError."""
+    if distributed.is_main():
+        content = {"status": status, "next": _NEXT[status].format(folder=folder)}
+        write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+
+
+def read(folder: Path) -> str | None:
+    """What became of the run in that folder; None where nothing says so."""
+    try:
+        return json.loads((folder / FILE).read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_if_possible(folder: Path, status: Status) -> None:
+    """The same where the disk may be what failed."""
+    with suppress(OSError):
+        write(folder, status)

@@ -1,0 +1,115 @@
+"""The augmented views of an image, and the one it is evaluated by: torchvision transforms from PIL to tensor."""
+
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from rcl_fast.train.options import ViewKind, ViewOptions
+
+View = Callable[[Image.Image], Tensor]
+
+
+class Cutout(nn.Module):
+    """Blackens a square centred anywhere in the image, clipped at its border (DeVries & Taylor, 2017)."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: Tensor) -> Tensor:
+        """`image` [..., H, W], before normalisation; returns a new tensor."""
+        rows, columns = (self._interval(length) for length in image.shape[-2:])
+        image = image.clone()
+        image[..., rows, columns] = 0
+        return image
+
+    def _interval(self, length: int) -> slice:
+        start = int(torch.randint(length, ())) - self.side // 2
+        return slice(max(start, 0), min(start + self.side, length))
+
+
+class RequireSize(nn.Module):
+    """Passes an image of the given side through; raises ValueError for any other."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        if image.size != (self.side, self.side):
+            width, height = image.size
+            raise ValueError(
+                f"it has {width}x{height} pixels, and --evaluation as_is expects {self.side}x{self.side}: "
+                "set --image-size to that, or --evaluation to resize_center_crop"
+            )
+        return image
+
+
+def view(kind: ViewKind, options: ViewOptions) -> View:
+    """The random view of that kind: RGB image -> float32 [3, S, S], S = options.image_size, normalised.
+
+    Draws from the global generators of torch, and for the RandAugment kinds from those of random and numpy too.
+    """
+    if kind == "crop_flip":
+        return _to_tensor(_padded_crop_flip(options), options)
+    if kind == "autoaugment":
+        policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+        cutout = [Cutout(options.cutout)] if options.cutout else []
+        return _to_tensor([*_padded_crop_flip(options), policy], options, cutout)
+    if kind == "randaugment":
+        jitter = v2.ColorJitter(*options.jitter[:3], hue=0)
+        return _to_tensor([*_resized_crop_flip(options), jitter, _rand_augment(options)], options)
+    if kind == "sim":
+        return _to_tensor(_sim(options), options)
+    if kind == "sim_randaugment":
+        return _to_tensor([*_sim(options), _rand_augment(options)], options)
+    if kind == "digits":
+        return _to_tensor([_small_affine()], options)
+    if kind == "digits_sim":
+        crop = v2.RandomResizedCrop(options.image_size, scale=(0.5, 1.0), ratio=(0.9, 1.1), antialias=True)
+        return _to_tensor([crop, _small_affine()], options)
+    raise ValueError(f"unknown kind of view {kind!r}: expected one of {', '.join(ViewKind.__args__)}")
+
+
+def evaluation_view(options: ViewOptions) -> View:
+    """The one view of an image for evaluation, without randomness: RGB image -> float32 [3, S, S], normalised."""
+    size = options.image_size
+    if options.evaluation == "as_is":
+        return _to_tensor([RequireSize(size)], options)
+    return _to_tensor([v2.Resize(options.resize, antialias=True), v2.CenterCrop(size)], options)
+
+
+def _to_tensor(on_image: list, options: ViewOptions, on_pixels: list | None = None) -> View:
+    """`on_image` on the PIL image, `on_pixels` on the uint8 tensor, then normalisation."""
+    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
+    return v2.Compose([*on_image, v2.PILToTensor(), *(on_pixels or []), *normalize])
+
+
+def _padded_crop_flip(options: ViewOptions) -> list:
+    return [v2.RandomCrop(options.image_size, padding=options.crop_padding), v2.RandomHorizontalFlip()]
+
+
+def _resized_crop_flip(options: ViewOptions) -> list:
+    crop = v2.RandomResizedCrop(options.image_size, scale=options.crop_scale, antialias=True)
+    return [crop, v2.RandomHorizontalFlip()]
+
+
+def _sim(options: ViewOptions) -> list:
+    jitter = v2.RandomApply([v2.ColorJitter(*options.jitter)], options.jitter_probability)
+    return [*_resized_crop_flip(options), jitter, v2.RandomGrayscale(options.gray_probability)]
+
+
+def _rand_augment(options: ViewOptions) -> Callable[[Image.Image], Image.Image]:
+    fill = tuple(round(255 * mean) for mean in options.mean)
+    return rand_augment_transform(
+        options.randaugment, {"translate_const": int(options.image_size * 0.45), "img_mean": fill}
+    )
+
+
+def _small_affine() -> v2.RandomAffine:
+    """A shift, turn and scaling that leaves a digit what it is; a flip would not."""
+    return v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)
