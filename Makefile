@@ -43,7 +43,7 @@ types: .venv/installed
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p rcl_fast
 
 bench: .venv/installed
-	$(BIN)/python bench/loss.py $(ARGS)
+	$(BIN)/python -m bench.loss.cpu $(ARGS)
 
 # Exact versions from PyPI, no addresses; `make lock` after a change of setup.py or requirements.in.
 lock: .venv/installed

@@ -60,8 +60,8 @@ setup(
             "pytest-xdist>=3.6",  # two tests at a time; as many as there are cores on a GPU machine
             "hypothesis>=6.100",  # generated shapes and class distributions
             "pytest-benchmark>=4.0",
-            "matplotlib>=3.8",  # bench/plot.py draws the figures of the results, train/reproduce.py figure 3
-            "kornia>=0.7",  # bench/data.py measures it beside the device loader
+            "matplotlib>=3.8",  # bench/loss/plot.py draws the figures of the results, train/reproduce.py figure 3
+            "kornia>=0.7",  # bench/images/loaders.py measures it beside the device loader
             "ruff>=0.6",
             "mypy>=1.11",
         ],

@@ -33,8 +33,9 @@ from typing import NamedTuple
 from uuid import uuid4
 from xml.etree import ElementTree
 
-import rows
 import torch
+
+from bench import rows
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
@@ -122,7 +123,7 @@ def gate(call: Call) -> Commands:
 
 def captured(call: Call) -> Commands:
     """The trainer's tests that need a GPU, whole steps in CUDA graphs and compiled views; tune's."""
-    where = ["tests/train/loop/test_cuda_graph.py", "tests/test_tune.py"]
+    where = ["tests/train/loop/test_cuda_graph.py", "tests/bench/test_tune.py"]
     return (yield from tests(call, "captured", "-m", "gpu", *where))
 
 
@@ -175,7 +176,7 @@ def shorten(log: Path) -> None:
 def loss(call: Call, part: str, *arguments: str) -> Command:
     peers = flags(call, {"BCL": "--bcl", "SUPCONTRAST": "--supcontrast"})
     output = ["--output", str(call.out / f"{part}.jsonl")]
-    return python("bench/gpu_loss.py", part, *output, *peers, *arguments, *call.dry)
+    return module("bench.loss.gpu", part, *output, *peers, *arguments, *call.dry)
 
 
 def speed(call: Call) -> Commands:
@@ -206,7 +207,7 @@ def cifar_runs(call: Call, *arguments: str, keep: Path | None = None) -> Command
     more = [] if keep is None else ["--keep", str(keep)]
     output = ["--output", str(call.out / "cifar.jsonl")]
     source = [] if call.dry_run else flags(call, {"CIFAR100": "--data"})
-    command = python("bench/cifar.py", *source, *arguments, *output, *more, *call.dry)
+    command = module("bench.training.cifar", *source, *arguments, *output, *more, *call.dry)
     return command._replace(grace=30)  # a run saves itself
 
 
@@ -231,7 +232,7 @@ def cifar(call: Call) -> Commands:
     yield cifar_runs(call, "--ways", "plain", "graph", "graph_compiled", "--seeds", "1", "--epochs", "5")
     yield cifar_runs(call, "--ways", "graph_compiled", "--seeds", "1", "--epochs", "20", "--at-once", "1", "3", "6")
     steps = ["--arch", "resnet32", "--rounds", "3", "--workers", str(os.cpu_count())]
-    yield python("bench/step.py", *steps, "--output", str(call.out / "cifar_step.jsonl"), *call.dry)
+    yield module("bench.training.step", *steps, "--output", str(call.out / "cifar_step.jsonl"), *call.dry)
     return None
 
 
@@ -337,15 +338,17 @@ def tune(call: Call) -> Commands:
     """Tiles by time for the entries of the large cases, and these before and after."""
     cases = ["--seconds", "2", "--variant", "triton", "--case", "large, narrow", "--case", "large, wide"]
     yield loss(call, "speed", *cases)
-    before = (ROOT / "kernels" / "table.py").read_bytes()
+    before = (ROOT / "kernels" / "block_size_table.py").read_bytes()
     for kernel, width in (("backward", 128), ("forward", 128), ("weights", 2048), ("forward", 2048)):
         entry = ["--kernel", kernel, "--kind", "half", "--width", str(width), "--size", "large"]
         how = ["--most", "2", "--dry-run", "--arch", "90"] if call.dry_run else ["--most", "12", "--write"]
-        command = python("bench/tune.py", *entry, "--seconds", "25", *how, "--output", str(call.out / "tune.jsonl"))
+        command = module(
+            "bench.kernels.tune", *entry, "--seconds", "25", *how, "--output", str(call.out / "tune.jsonl")
+        )
         yield command._replace(reserve=SHOWING_SECONDS)
-    if (ROOT / "kernels" / "table.py").read_bytes() != before:  # from here on this is not the commit's code
+    if (ROOT / "kernels" / "block_size_table.py").read_bytes() != before:  # from here on this is not the commit's code
         os.environ["RCL_COMMIT"] = f"{rows.describe()['commit']}+tuned"
-        shutil.copy(ROOT / "kernels" / "table.py", call.out / "table.py")
+        shutil.copy(ROOT / "kernels" / "block_size_table.py", call.out / "block_size_table.py")
     yield loss(call, "speed", *cases)
     return None
 
@@ -355,7 +358,7 @@ def data(call: Call) -> Commands:
     sources = flags(call, {"CIFAR100": "--cifar", "JPEGS": "--jpegs"})
     for what in ([], ["--train"]):
         more = ["--workers", str(os.cpu_count()), "--output", str(call.out / "data.jsonl")]
-        yield python("bench/data.py", *what, *sources, *more, *call.dry)
+        yield module("bench.images.loaders", *what, *sources, *more, *call.dry)
     return None
 
 
@@ -363,7 +366,7 @@ def step(call: Call) -> Commands:
     """The paper's main job beside a plain loop of BCL's kind, at a batch that every variant holds."""
     source = flags(call, {"JPEGS": "--data"})
     setting = ["--batch-size", "128", "--rounds", "3", "--steps", "5", "--workers", str(os.cpu_count())]
-    yield python("bench/step.py", *source, *setting, "--output", str(call.out / "step.jsonl"), *call.dry)
+    yield module("bench.training.step", *source, *setting, "--output", str(call.out / "step.jsonl"), *call.dry)
     return None
 
 
@@ -396,6 +399,10 @@ def path_of(call: Call, name: str) -> Path:
 
 def python(*arguments: str) -> Command:
     return Command([sys.executable, *arguments])
+
+
+def module(*arguments: str) -> Command:
+    return python("-m", *arguments)
 
 
 PARTS = {

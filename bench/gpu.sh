@@ -8,6 +8,7 @@ set -euo pipefail
 PYTHON=$(command -v "${PYTHON:-python3}") || { echo "gpu.sh: no Python named ${PYTHON:-python3}" >&2; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}/rcl_fast_gpu} PYTHONUNBUFFERED=1
+export PYTHONSAFEPATH=1 # Python looks into the current folder first, and rcl_fast/ here lacks the kernels
 mkdir -p "$SCRATCH"
 SCRATCH=$(realpath "$SCRATCH")
 bash "$here/import_tree.sh" "$SCRATCH/import"
@@ -19,4 +20,4 @@ if [[ -n $WHEELS && -e ${wheels[0]} ]]; then
   "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$SCRATCH/site" \
     --root-user-action ignore "${wheels[@]}" || echo "gpu.sh: the wheels of $WHEELS could not be installed" >&2
 fi
-exec "$PYTHON" "$here/gpu.py" "$@"
+exec "$PYTHON" -m bench.gpu "$@"

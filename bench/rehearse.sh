@@ -80,7 +80,7 @@ for call in "${queue[@]}"; do
   odd=$(find "$OUT" -mindepth 1 -printf '%f\n' | grep -vE '^[A-Za-z0-9._-]+$' || true)
   [[ -z $odd ]] || failed+=("call $number: names with other characters: $odd")
   find "$OUT" -type f -printf '   %f  %s bytes\n'
-  PYTHONPATH=$work/scratch/import "$python" bench/rows.py "$OUT"/*.jsonl || failed+=("call $number: rows that are not well formed")
+  PYTHONSAFEPATH=1 PYTHONPATH=$work/scratch/import "$python" -m bench.rows "$OUT"/*.jsonl || failed+=("call $number: rows that are not well formed")
 done
 
 printf '\n'

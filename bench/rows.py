@@ -1,6 +1,6 @@
 """Rows of results: JSON lines, each with what it came from.
 
-python bench/rows.py FILE...      says what is wrong with rows, if anything: exit status 1
+python -m bench.rows FILE...      says what is wrong with rows, if anything: exit status 1
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """Log-sum-exp and positives' sum of a block of anchors over a range of keys; the N×M similarities stay in registers."""
 
 # mypy: allow-untyped-defs
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from rcl_fast.kernels import block_sizes
+from rcl_fast.kernels.pack import Packed
 from rcl_fast.kernels.tiles import load_rows, own_class_gain, products
 
 
@@ -68,3 +72,32 @@ def forward_kernel(
     tl.store(p_out, b_pivot, mask=m_a)
     tl.store(p_out + N, b_sum, mask=m_a)
     tl.store(p_out + 2 * N, b_positives, mask=m_a)
+
+
+def partial_sums(packed: Packed, rows: int, class_average: bool, bounded: bool) -> Tensor:
+    """Launches the kernel for the first so many anchors: float32 [splits, 3, rows], a split a range of keys."""
+    keys, vectors, labels = packed
+    M, K = vectors.shape[1], keys.shape[1]
+    arch, kind = block_sizes.product_of(keys)
+    config = block_sizes.choose("forward", arch, kind, K, rows, M)
+    row_blocks = triton.cdiv(rows, config.rows)
+    splits, tiles_per_split = block_sizes.split(arch, row_blocks, triton.cdiv(M, config.keys))
+    partials = torch.empty(splits, 3, rows, dtype=torch.float32, device=keys.device)
+    forward_kernel[(row_blocks, splits)](
+        keys,
+        vectors,
+        labels,
+        partials,
+        rows,
+        M,
+        tiles_per_split,
+        K=K,
+        AVERAGE=class_average,
+        BOUNDED=bounded,
+        ROWS=config.rows,
+        KEYS=config.keys,
+        DEPTH=config.depth,
+        PRECISION=block_sizes.precision(kind),
+        **config.options,
+    )
+    return partials

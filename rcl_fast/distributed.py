@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from rcl_fast import reference
-from rcl_fast.backends import dense, tiled
+from rcl_fast.backends import dense, reference, tiled
 from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, with_class_indices, without_autocast
 
 HEADER_BYTES, LABEL_BYTES = 16, 8

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rcl_fast import checks, distributed, reference
-from rcl_fast.backends import choice, dense, tiled
+from rcl_fast import checks, distributed
+from rcl_fast.backends import dense, reference, select, tiled
 from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, with_class_indices
 
 BACKENDS = ("auto", "triton", "tiled", "dense", "reference")
@@ -101,7 +101,7 @@ def contrastive_loss(
 def _automatic(batch: ContrastiveBatch) -> str:
     features, prototypes = batch.features, batch.prototypes
     dtype = features.dtype if prototypes is None else torch.promote_types(features.dtype, prototypes.dtype)
-    return choice.automatic(features.device, dtype)
+    return select.automatic(features.device, dtype)
 
 
 def _reduced(batch: ContrastiveBatch, reduction: str, backend: str) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rcl_fast.backends.keys import AccumulatedKeys, RawKeys, keys_of, multiplies_16_bits
+from rcl_fast.backends.tiled_keys import AccumulatedKeys, RawKeys, keys_of, multiplies_16_bits
 from rcl_fast.batch import (
     ContrastiveBatch,
     anchors_and_prototypes,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rcl_fast.batch import ContrastiveBatch
-from rcl_fast.kernels import launch
+from rcl_fast.kernels import passes
 
 
 def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
@@ -41,8 +41,8 @@ def forward_rows(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tu
     Raises as `contrastive_loss` does.
     """
     arguments = _arguments(batch)
-    losses, lse, keys, vectors, key_labels = launch.forward(*arguments, rows=rows)
-    if not launch.must_pack(*arguments[:2]):
+    losses, lse, keys, vectors, key_labels = passes.forward(*arguments, rows=rows)
+    if not passes.must_pack(*arguments[:2]):
         keys = arguments[0]
     return losses, lse, (keys, vectors, key_labels)
 
@@ -54,8 +54,8 @@ def backward_rows(
 
     lse and upstream g are of all anchors, [N] each.
     """
-    bounded = launch.is_bounded(batch.temperature, batch.normalize, batch.compression is not None)
-    for_features, for_prototypes = launch.backward(
+    bounded = passes.is_bounded(batch.temperature, batch.normalize, batch.compression is not None)
+    for_features, for_prototypes = passes.backward(
         *saved, lse, upstream, batch.features.shape[1], batch.class_average, batch.normalize, bounded,
         True, batch.prototypes is not None, rows=rows,
     )  # fmt: skip
@@ -64,12 +64,12 @@ def backward_rows(
 
 
 def _outputs(batch: ContrastiveBatch) -> tuple[Tensor, ...]:
-    """What `launch.forward` returns, the loss differentiable."""
+    """What `passes.forward` returns, the loss differentiable."""
     return (_forward_op if _is_traced() else _Loss.apply)(*_arguments(batch))
 
 
 def _arguments(batch: ContrastiveBatch) -> tuple[Any, ...]:
-    """Those of `launch.forward`: of one dtype, and contiguous."""
+    """Those of `passes.forward`: of one dtype, and contiguous."""
     features, prototypes = batch.features, batch.prototypes
     dtype = features.dtype if prototypes is None else torch.promote_types(features.dtype, prototypes.dtype)
     if dtype == torch.float64:
@@ -102,7 +102,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return launch.forward(*arguments)
+        return passes.forward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -116,7 +116,7 @@ class _Loss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 9
         # Inside a transform the tensors are wrappers without memory; a Function takes the wrapping off.
-        backward = _Gradients.apply if torch._C._functorch.peek_interpreter_stack() else launch.backward
+        backward = _Gradients.apply if torch._C._functorch.peek_interpreter_stack() else passes.backward
         gradients = backward(*_saved(ctx, upstream), *ctx.needs_input_grad[:2])
         return *gradients, *(None,) * 7
 
@@ -126,7 +126,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        return launch.backward(*arguments)
+        return passes.backward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -149,7 +149,7 @@ def _forward_op(
     class_average: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launch.forward(
+    return passes.forward(
         features, prototypes, labels, class_counts, compression, num_classes, temperature, class_average, normalize
     )
 
@@ -160,11 +160,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, D = features.shape
     M = N + (0 if prototypes is None else prototypes.shape[0])
-    rows = M if launch.must_pack(features, prototypes) else 0
+    rows = M if passes.must_pack(features, prototypes) else 0
     return (
         features.new_empty(N, dtype=torch.float32),
         features.new_empty(N, dtype=torch.float32),
-        features.new_empty(rows, launch.packed_width(D)),
+        features.new_empty(rows, passes.packed_width(D)),
         features.new_empty(3, M, dtype=torch.float32),
         labels.new_empty(M, dtype=torch.int32),
     )
@@ -184,7 +184,7 @@ def _backward_op(
     for_features: bool,
     for_prototypes: bool,
 ) -> tuple[Tensor, Tensor]:
-    gradients = launch.backward(
+    gradients = passes.backward(
         keys, vectors, key_labels, lse, upstream, width, class_average, normalize, bounded, for_features, for_prototypes
     )  # fmt: skip
     none = keys.new_empty(0, width)  # an operator has no optional output
@@ -223,13 +223,13 @@ _forward_op.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    """Keep what `launch.backward` reads; the features only where they are the keys."""
+    """Keep what `passes.backward` reads; the features only where they are the keys."""
     features, prototypes, _, _, compression, _, temperature, class_average, normalize = inputs
     _, lse, keys, vectors, key_labels = outputs
-    if not launch.must_pack(features, prototypes):
+    if not passes.must_pack(features, prototypes):
         keys = features
     ctx.save_for_backward(keys, vectors, key_labels, lse)
-    bounded = launch.is_bounded(temperature, normalize, compression is not None)
+    bounded = passes.is_bounded(temperature, normalize, compression is not None)
     ctx.options = (features.shape[1], class_average, normalize, bounded)
 
 

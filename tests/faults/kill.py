@@ -1,6 +1,6 @@
 """Kill a real run of two processes at random points, resume it, and compare its end with a run that nothing stopped.
 
-    python tests/faults/kill.py --kills 48 --output bench/results/faults.jsonl
+    python tests/faults/kill.py --kills 48 --output bench/results/faults/kill.jsonl
 
 The processes are started and watched by torchrun's own agent, but forked from this one, which has imported everything:
 a run then takes seconds. What is compared: every parameter, buffer and momentum, and the history without its times.

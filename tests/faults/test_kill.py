@@ -1,4 +1,4 @@
-"""A few of the kills of kill.py; bench/results/faults.jsonl has the rows of many."""
+"""A few of the kills of kill.py; bench/results/faults/kill.jsonl has the rows of many."""
 
 import json
 import os

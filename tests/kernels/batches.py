@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcl_fast import reference
+from rcl_fast.backends import reference
 from rcl_fast.backends import triton as backend
 from rcl_fast.batch import ContrastiveBatch, class_log_weights, own_class_log_weights, positives_per_anchor
 

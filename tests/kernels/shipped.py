@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rcl_fast.backends import dense
 from rcl_fast.batch import ContrastiveBatch
-from rcl_fast.kernels import configs
+from rcl_fast.kernels import block_sizes
 
 
 class Shipped(NamedTuple):
@@ -69,7 +69,7 @@ def check(case: Shipped, device: torch.device) -> None:
 
 def yardsticks(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[ContrastiveBatch], Tensor], ...]:
     """For products of this dtype at the current precision; on a CPU none is TF32's, as the interpreter cuts nothing."""
-    if device.type == "cuda" and configs.kind_of(dtype, configs.architecture(device)) == "tf32":
+    if device.type == "cuda" and block_sizes.kind_of(dtype, block_sizes.architecture(device)) == "tf32":
         return plain, truncated
     return (plain,)
 

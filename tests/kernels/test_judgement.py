@@ -14,9 +14,9 @@ import torch
 from batches import PRESETS, assert_as_exact_as_plain, loss_and_gradients, plain, random_batch, truncate, truncated
 from torch import Tensor
 
-from rcl_fast import reference
+from rcl_fast.backends import reference
 from rcl_fast.batch import ContrastiveBatch
-from rcl_fast.kernels import configs
+from rcl_fast.kernels import block_sizes
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -216,7 +216,7 @@ def test_truncate_drops_thirteen_bits_towards_zero() -> None:
 def test_only_tf32_is_given_its_truncation(
     dtype: torch.dtype, precision: str, kind: str, expected: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "architecture", lambda _: 90)
+    monkeypatch.setattr(block_sizes, "architecture", lambda _: 90)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

@@ -9,7 +9,7 @@ import torch
 from batches import loss_and_gradients, random_batch, upstream_of
 
 from rcl_fast.backends import triton as backend
-from rcl_fast.kernels import launch
+from rcl_fast.kernels import passes
 
 WIDTHS = pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
 
@@ -58,8 +58,8 @@ def test_a_frozen_input_costs_no_gradient(
     batch = random_batch(device, 30, 11, 32)
     _, *both = loss_and_gradients(backend.contrastive_loss, batch)
     returned = []
-    backward = launch.backward
-    monkeypatch.setattr(launch, "backward", lambda *given: returned.append(backward(*given)) or returned[-1])
+    backward = passes.backward
+    monkeypatch.setattr(passes, "backward", lambda *given: returned.append(backward(*given)) or returned[-1])
     partly = batch._replace(**{frozen: getattr(batch, frozen).detach()})
     _, only = loss_and_gradients(backend.contrastive_loss, partly)
     kept = 1 if frozen == "features" else 0
@@ -122,7 +122,7 @@ def _operator_arguments(device: torch.device, with_prototypes: bool, D: int = 16
 def test_opcheck(with_prototypes: bool, D: int, device: torch.device) -> None:
     arguments = _operator_arguments(device, with_prototypes, D)
     torch.library.opcheck(backend._forward_op, arguments)
-    outputs = launch.forward(*arguments)
+    outputs = passes.forward(*arguments)
     _, lse, keys, vectors, key_labels = outputs
     keys = keys if len(keys) else arguments[0].detach()
     backward_arguments = (keys, vectors, key_labels, lse, torch.ones(20, device=device), D, True, True, True)

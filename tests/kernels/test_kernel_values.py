@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rcl_fast.backends import triton as backend
 from rcl_fast.batch import ContrastiveBatch
-from rcl_fast.kernels import configs
+from rcl_fast.kernels import block_sizes
 
 Tiles = Callable[..., None]
 
@@ -141,7 +141,7 @@ def test_zero_rows_have_finite_gradients(dtype: torch.dtype, device: torch.devic
 
 
 def _reference(batch: ContrastiveBatch) -> torch.Tensor:
-    from rcl_fast import reference
+    from rcl_fast.backends import reference
 
     return reference.contrastive_loss(batch)
 
@@ -214,12 +214,12 @@ def test_splits(programs: int, temperature: float, tiny_tiles: Tiles, device: to
 
 def test_workspace_in_chunks(tiny_tiles: Tiles, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     tiny_tiles(rows=64, keys=64, depth=32, register_width=0)
-    monkeypatch.setattr(configs, "WORKSPACE_BYTES", 1)  # the least chunk is 128 rows
+    monkeypatch.setattr(block_sizes, "WORKSPACE_BYTES", 1)  # the least chunk is 128 rows
     assert_as_exact_as_plain(random_batch(device, N=150, C=11, D=24))
 
 
 def test_histogram_of_large_batches(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    monkeypatch.setattr(configs, "SCAN_LIMIT", 0)
+    monkeypatch.setattr(block_sizes, "SCAN_LIMIT", 0)
     assert_as_exact_as_plain(random_batch(device, N=45, C=19, D=24))
 
 

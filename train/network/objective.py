@@ -6,15 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rcl_fast.losses import (
-    LDAM,
-    PRESETS,
-    BalancedSoftmax,
-    CBFocal,
-    ContrastiveLoss,
-    CrossEntropy,
-    LogitAdjusted,
-)
+from rcl_fast.cross_entropy import LDAM, BalancedSoftmax, CBFocal, CrossEntropy, LogitAdjusted
+from rcl_fast.losses import PRESETS, ContrastiveLoss
 from rcl_fast.train.network.models import Outputs
 from rcl_fast.train.options import Config
 from rcl_fast.train.runtime import distributed

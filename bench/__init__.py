@@ -1,0 +1,1 @@
+"""What is measured, by subject: `python -m bench.SUBJECT.SCRIPT --help`, in the root, rcl_fast installed editable."""

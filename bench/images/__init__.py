@@ -1,0 +1,1 @@
+"""Images: how fast loaders bring them, and that their views are alike."""

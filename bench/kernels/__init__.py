@@ -1,0 +1,1 @@
+"""The kernels: what the compiler makes of them, and block sizes by time."""

@@ -1,0 +1,267 @@
+"""Compile every kernel and every entry of the block-size table ahead of time, for every architecture, without a GPU.
+
+    python -m bench.kernels.aot                       # all of it, to bench/results/speed/aot.csv
+    python -m bench.kernels.aot --arch 90 --kernel backward --kind half
+
+A row says what the compiler made of one entry: registers, spills (STACK and LOCAL of the cubin's resource usage),
+shared memory against the architecture's limit, and the tensor-core instructions in the PTX. No time is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rcl_fast.kernels import block_sizes
+from rcl_fast.kernels.backward_narrow import backward_kernel
+from rcl_fast.kernels.backward_norm import project_kernel
+from rcl_fast.kernels.backward_wide import weights_kernel
+from rcl_fast.kernels.block_size_table import TABLE
+from rcl_fast.kernels.forward import forward_kernel
+from rcl_fast.kernels.forward_combine import combine_kernel
+from rcl_fast.kernels.pack import pack_kernel
+
+RESULTS = Path(__file__).parents[1] / "results" / "speed" / "aot.csv"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+# Largest shared memory of one block, bytes (CUDA C++ Programming Guide, table of compute capabilities).
+SHARED_LIMIT = {
+    70: 98304, 75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376
+}  # fmt: skip
+# What a multiprocessor has (same table): 32-bit registers, given to warps in lots of 256, on every architecture; warps.
+REGISTERS = 65536
+WARPS = {70: 64, 75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+
+KERNELS = {
+    "prepare": pack_kernel,
+    "forward": forward_kernel,
+    "combine": combine_kernel,
+    "backward": backward_kernel,
+    "weights": weights_kernel,
+    "project": project_kernel,
+}
+POINTERS = {
+    "p_labels": "*i64", "p_class_counts": "*i64", "p_compression": "*fp32", "p_histogram": "*i32",
+    "p_key_labels": "*i32", "p_vectors": "*fp32", "p_partials": "*fp32", "p_parts": "*fp32", "p_loss": "*fp32",
+    "p_lse": "*fp32", "p_upstream": "*fp32", "p_gain": "*fp32",
+}  # fmt: skip
+FLOATS = ("root",)
+ALIGNED_INTEGERS = ("key_stride",)
+
+
+class Case(NamedTuple):
+    """One compilation: a kernel with its block sizes, in one of the variants of `cases_of`."""
+
+    kernel: str
+    arch: int
+    kind: str
+    width: int  # bucket of the table
+    dtype: str
+    K: int
+    bounded: bool
+    config: block_sizes.Config
+
+
+class Outcome(NamedTuple):
+    """What the compiler made of a case."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    wgmma: int | None  # None: not counted
+    mma: int | None
+    tcgen05: int | None
+    error: str = ""
+
+    def fits(self, arch: int) -> bool:
+        return not self.error and self.stack == 0 and self.local == 0 and self.shared <= SHARED_LIMIT[arch]
+
+    def programs(self, arch: int, warps: int) -> int:
+        """How many a multiprocessor holds at once, by its registers, its shared memory and its warps."""
+        system = 1024 if arch >= 80 else 0  # shared memory that each block takes for itself, beside its own limit
+        return min(
+            REGISTERS // (32 * warps * max(8, -(-self.registers // 8) * 8)),
+            (SHARED_LIMIT[arch] + system) // max(1, self.shared + system),
+            WARPS[arch] // warps,
+        )
+
+
+COLUMNS = (
+    *(name for name in Case._fields if name != "config"),
+    *block_sizes.Config._fields,
+    *Outcome._fields,
+    "shared_limit",
+    "triton",
+)
+
+
+def cases_of(kernel: str, arch: int, kind: str, width: int, config: block_sizes.Config) -> Iterator[Case]:
+    """An entry's two extremes: the common case, and every option at once on ragged rows (masks cost registers)."""
+    aligned, ragged = ("bf16", "fp16") if kind == "half" else ("fp32", "fp32")
+    if arch < 80 and kind == "half":
+        aligned = "fp16"  # no bfloat16 before sm_80
+    yield Case(kernel, arch, kind, width, aligned, width, True, config)
+    yield Case(kernel, arch, kind, width, ragged, width - 16, False, config)
+
+
+def table_cases() -> Iterator[Case]:
+    """Every entry of the shipped table."""
+    for (kernel, arch, kind, width), sizes in TABLE.items():
+        for size in dict.fromkeys(sizes):
+            yield from cases_of(kernel, arch, kind, width, block_sizes.Config(*size))
+
+
+def small_cases() -> Iterator[Case]:
+    """The kernels whose block sizes the table does not hold."""
+    for arch in block_sizes.ARCHITECTURES:
+        for kind, width in (("half", 128), ("ieee", 2048)):
+            for kernel in ("prepare", "combine", "project"):
+                depth = min(128, width) if kernel == "prepare" else width
+                rows = {"prepare": 16, "combine": 128, "project": max(1, 2048 // width)}[kernel]
+                yield from cases_of(kernel, arch, kind, width, block_sizes.Config(rows, 128, depth, 4, 3))
+
+
+def constants(case: Case) -> dict[str, Any]:
+    """The kernel's compile-time arguments, with every option that adds work switched on."""
+    everything = {
+        "D": case.K if case.bounded else case.K - 1,
+        "K": case.K,
+        "NORMALIZE": True,
+        "AVERAGE": True,
+        "REBALANCE": True,
+        "COMPRESS": not case.bounded,
+        "PROTOTYPES": True,
+        "SCAN": case.bounded,
+        "PACK": True,
+        "BOUNDED": case.bounded,
+        "SCALED": case.dtype == "fp16",
+        "ROWS": case.config.rows,
+        "KEYS": case.config.keys,
+        "LABELS": 128,
+        "DEPTH": case.config.depth,
+        "PRECISION": "tf32" if case.kind == "tf32" else "ieee",
+    }
+    return {name: value for name, value in everything.items() if name in KERNELS[case.kernel].arg_names}
+
+
+def source(case: Case) -> ASTSource:
+    """The kernel as `kernels/` calls it: aligned pointers, integers that are not specialised.
+
+    A launch of the same variant finds it in Triton's cache, whose key has all of this in it.
+    """
+    kernel, fixed = KERNELS[case.kernel], constants(case)
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[Any]] = {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in fixed:
+            signature[name] = "constexpr"
+            if isinstance(fixed[name], str):
+                attributes[(position,)] = []  # of no meaning, but a launch has it too
+        elif name.startswith("p_"):
+            signature[name] = POINTERS.get(name, "*" + case.dtype)
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+            if name in ALIGNED_INTEGERS:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, fixed, attributes)
+
+
+def compile_case(case: Case) -> Outcome:
+    """Compiles one case; a refusal of the compiler is an outcome too."""
+    try:
+        compiled = triton.compile(source(case), target=GPUTarget("cuda", case.arch, 32), options=case.config.options)
+    except Exception as error:  # the compiler raises many types
+        return Outcome(0, 0, 0, 0, 0, 0, 0, error=" ".join(str(error).split())[:200] or type(error).__name__)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm.get("ptx")  # a cache that has travelled (bench/gpu.py) holds the binary alone
+
+    def count(instruction: str) -> int | None:
+        return None if ptx is None else ptx.count(instruction)
+
+    return Outcome(
+        registers=found["REG"],
+        stack=found["STACK"],
+        local=found["LOCAL"],
+        shared=compiled.metadata.shared,
+        wgmma=count("wgmma.mma_async"),
+        mma=count("mma.sync"),
+        tcgen05=count("tcgen05.mma"),
+    )
+
+
+def compile_all(cases: Iterable[Case], processes: int) -> Iterator[tuple[Case, Outcome]]:
+    """Each case with its outcome, in order. Spawned: the compiler's threads do not survive a fork."""
+    cases = list(cases)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from zip(cases, pool.map(compile_case, cases, chunksize=4), strict=True)
+
+
+def row(case: Case, outcome: Outcome) -> dict[str, Any]:
+    """A line of the results."""
+    fields = {**case._asdict(), **case.config._asdict(), **outcome._asdict()}
+    fields |= {"shared_limit": SHARED_LIMIT[case.arch], "triton": triton.__version__}
+    return {name: fields[name] for name in COLUMNS}
+
+
+def refuse_the_interpreter() -> None:
+    """Under it the kernels are Python functions, which nothing compiles."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("kernels are compiled here: run this without TRITON_INTERPRET")
+
+
+def main(arguments: list[str]) -> int:
+    refuse_the_interpreter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, choices=block_sizes.ARCHITECTURES)
+    parser.add_argument("--kernel", choices=KERNELS)
+    parser.add_argument("--kind", choices=block_sizes.KINDS)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS} for everything, stdout for a part")
+    chosen = parser.parse_args(arguments)
+    wanted = {name: getattr(chosen, name) for name in ("arch", "kernel", "kind", "width")}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    cases = [
+        case
+        for case in (*table_cases(), *small_cases())
+        if all(getattr(case, name) == value for name, value in wanted.items())
+    ]
+    out = chosen.out or (None if wanted else RESULTS)
+    bad = 0
+    with out.open("w", newline="", encoding="utf-8") if out else os.fdopen(os.dup(1), "w") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for case, outcome in compile_all(cases, chosen.processes):
+            writer.writerow(row(case, outcome))
+            file.flush()  # what is done shows while the rest goes on; a second run finds it in Triton's cache
+            if not outcome.fits(case.arch):
+                bad += 1
+                print(*case, outcome, file=sys.stderr, flush=True)
+    print(f"{len(cases)} compiled, {bad} with an error, spills or too much shared memory", file=sys.stderr)
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

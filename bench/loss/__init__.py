@@ -1,0 +1,1 @@
+"""The loss alone: time, memory, processes, published code."""

@@ -1,0 +1,1 @@
+"""Training: a whole step, whole runs on CIFAR, losses on digits."""

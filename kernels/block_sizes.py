@@ -1,0 +1,123 @@
+"""Launch choices: block sizes by kernel, architecture, kind of product and width, and what bounds the workspace.
+
+`bench/kernels/aot.py` compiles every entry and records its registers, spills and shared memory; `tune.py` beside it
+times others.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from rcl_fast.kernels.block_size_table import TABLE
+
+
+class Config(NamedTuple):
+    """Block sizes of one kernel, and options of the compiler."""
+
+    rows: int  # rows of a tile: anchors, or prototypes in their gradient
+    keys: int  # keys of a tile
+    depth: int  # features of a step; whole rows where it is at least their number
+    warps: int
+    stages: int
+    maxnreg: int | None = None  # registers of a thread at most; None: as many as the compiler likes
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch's own keyword arguments; not every backend of Triton knows maxnreg."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
+
+# What a product multiplies: 16-bit numbers, float32 through TF32, float32 exactly.
+KINDS = ("half", "tf32", "ieee")
+# Widths up to which an entry holds. A kernel's last entry holds for every wider row too.
+WIDTHS = {"forward": (64, 128, 256, 2048), "backward": (64, 128, 256), "weights": (2048,)}
+# Programs that fill the device: about two to a multiprocessor of the largest chip of each architecture.
+PROGRAMS = {70: 160, 75: 144, 80: 216, 86: 168, 89: 284, 90: 264, 100: 296, 120: 340}
+ARCHITECTURES = tuple(PROGRAMS)
+
+# Rows up to this width keep their gradient in registers; wider ones take the workspace and plain matrix products.
+REGISTER_WIDTH = {"half": 256, "tf32": 128, "ieee": 64}
+# Largest workspace for the weights of the gradient.
+WORKSPACE_BYTES = 256 * 2**20
+# Up to this many anchors the labels are compared one by one; above, a histogram costs less.
+SCAN_LIMIT = 4096
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """The newest entry of the table that is not newer than the device; 80 where it is no NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+def kinds(arch: int) -> tuple[str, ...]:
+    """The kinds that an architecture has: TF32 came with sm_80."""
+    return KINDS if arch >= 80 else ("half", "ieee")
+
+
+def kind_of(dtype: torch.dtype, arch: int) -> str:
+    """How PyTorch's own matrix products treat this dtype under the current matmul precision."""
+    if dtype != torch.float32:
+        return "half"
+    return "ieee" if arch < 80 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def product_of(keys: Tensor) -> tuple[int, str]:
+    """Architecture and kind of the products of these keys."""
+    arch = architecture(keys.device)
+    return arch, kind_of(keys.dtype, arch)
+
+
+def in_registers(arch: int, kind: str, width: int) -> bool:
+    """Whether rows of this width keep their gradient in registers. Triton has tensor-core products from sm_80 on."""
+    return width <= REGISTER_WIDTH[kind if arch >= 80 else "ieee"]
+
+
+def choose(kernel: str, arch: int, kind: str, width: int, rows: int, keys: int) -> Config:
+    """The first, largest, tile of the entry that still gives every multiprocessor work, or the smallest one."""
+    bucket = next((known for known in WIDTHS[kernel] if width <= known), WIDTHS[kernel][-1])
+    sizes = [Config(*entry) for entry in TABLE[kernel, arch, kind, bucket]]
+    for config in sizes:
+        if -(-rows // config.rows) * -(-keys // config.keys) >= PROGRAMS[arch]:
+            return config
+    return sizes[-1]
+
+
+def split(arch: int, row_blocks: int, tiles: int) -> tuple[int, int]:
+    """(splits, key tiles of each) that fill the device; no split is empty."""
+    wanted = max(1, PROGRAMS[arch] // row_blocks)
+    tiles_per_split = max(1, triton.cdiv(tiles, wanted))
+    return triton.cdiv(tiles, tiles_per_split), tiles_per_split
+
+
+def precision(kind: str) -> str:
+    """`tl.dot`'s name for this kind of product; 16-bit ones have one way only."""
+    return "tf32" if kind == "tf32" else "ieee"
+
+
+def packed_width(D: int) -> int:
+    """Columns of a packed key: D rounded up, so that every row starts at an aligned address."""
+    return -(-D // 16) * 16
+
+
+def must_pack(features: Tensor, prototypes: Tensor | None) -> bool:
+    """Whether the keys need a matrix of their own; otherwise they are the features as they are."""
+    return prototypes is not None or features.shape[1] != packed_width(features.shape[1])
+
+
+# Octaves of similarity up to which 2^s needs no pivot: with log2 n and log2 M on top it stays far inside float32.
+BOUNDED_OCTAVES = 32.0
+
+
+def is_bounded(temperature: float, normalize: bool, compressed: bool) -> bool:
+    """|s| ≤ 1/T is certain for unit rows; compression factors are values on the device, and may exceed 1."""
+    return normalize and not compressed and math.log2(math.e) / temperature <= BOUNDED_OCTAVES

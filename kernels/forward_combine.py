@@ -1,0 +1,56 @@
+"""ℓ_i and lse_i from the splits' partial sums, always in the same order."""
+
+# mypy: allow-untyped-defs
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["N", "M", "splits"])
+def combine_kernel(
+    p_partials,  # [SPLITS, 3, N]
+    p_vectors,  # [3, M] scale, bias, count
+    p_loss,  # [N] out, natural logarithm
+    p_lse,  # [N] out, base 2; +inf for an anchor without a positive, which makes its gradient 0
+    N,
+    M,
+    splits,
+    AVERAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    o_a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_a = o_a < N
+    b_pivot = tl.full([ROWS], -1e38, dtype=tl.float32)
+    b_sum = tl.zeros([ROWS], dtype=tl.float32)
+    b_positives = tl.zeros([ROWS], dtype=tl.float32)
+    for i_split in range(0, splits):
+        p_in = p_partials + tl.cast(i_split, tl.int64) * 3 * N + o_a
+        b_next = tl.load(p_in, mask=m_a, other=-1e38)
+        b_higher = tl.maximum(b_pivot, b_next)
+        b_sum = b_sum * tl.exp2(b_pivot - b_higher) + tl.load(p_in + N, mask=m_a, other=0.0) * tl.exp2(
+            b_next - b_higher
+        )
+        b_positives += tl.load(p_in + 2 * N, mask=m_a, other=0.0)
+        b_pivot = b_higher
+
+    b_count = tl.load(p_vectors + 2 * M + o_a, mask=m_a, other=1.0)
+    b_log_n = tl.load(p_vectors + M + o_a, mask=m_a, other=0.0)
+    if AVERAGE:  # b without its −log2 count is log2 n
+        b_log_n += tl.log2(b_count)
+    has_positive = b_count > 1
+    b_lse = b_pivot + tl.log2(tl.where(has_positive, b_sum, 1.0))
+    b_loss = (b_lse - b_positives / tl.maximum(b_count - 1, 1) - b_log_n) * 0.6931471805599453  # log 2
+    tl.store(p_loss + o_a, tl.where(has_positive, b_loss, 0.0), mask=m_a)
+    tl.store(p_lse + o_a, tl.where(has_positive, b_lse, float("inf")), mask=m_a)
+
+
+def combine(partials: Tensor, vectors: Tensor, class_average: bool) -> tuple[Tensor, Tensor]:
+    """Launches the kernel: ℓ_i [rows] and lse_i [rows] in base 2, of partials [splits, 3, rows] and vectors [3, M]."""
+    (splits, _, rows), M = partials.shape, vectors.shape[1]
+    loss = torch.empty(rows, dtype=torch.float32, device=partials.device)
+    lse = torch.empty(rows, dtype=torch.float32, device=partials.device)
+    combine_kernel[(triton.cdiv(rows, 128),)](
+        partials, vectors, loss, lse, rows, M, splits, AVERAGE=class_average, ROWS=128, num_warps=4
+    )
+    return loss, lse

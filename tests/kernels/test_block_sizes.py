@@ -1,0 +1,162 @@
+"""The table of block sizes, and what the compiler made of it (bench/results/speed/aot.csv)."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from batches import assert_as_exact_as_plain, loss_and_gradients, random_batch
+
+from rcl_fast.backends import triton as backend
+from rcl_fast.kernels import block_sizes
+from rcl_fast.kernels.block_size_table import TABLE
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = ("kernel", "arch", "kind", "width", "rows", "keys", "depth", "warps", "stages", "maxnreg")
+
+
+@pytest.fixture
+def tiny_tiles() -> None:
+    """Overrides the fixture of that name: the table's own tiles."""
+
+
+def _rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, str]]:
+    return _rows((ROOT / "bench" / "results" / "speed" / "aot.csv").read_text(encoding="utf-8"))
+
+
+def test_every_kernel_architecture_kind_and_width_has_an_entry() -> None:
+    for arch in block_sizes.ARCHITECTURES:
+        for kind in block_sizes.kinds(arch):
+            for kernel in block_sizes.WIDTHS:
+                for width in (8, 16, 64, 100, 128, 256, 300, 1024, 2048):
+                    if kernel != "backward" or block_sizes.in_registers(arch, kind, width):
+                        for rows, keys in ((1, 1), (512, 612), (131072, 132072)):
+                            assert isinstance(
+                                block_sizes.choose(kernel, arch, kind, width, rows, keys), block_sizes.Config
+                            )
+
+
+def test_backward_keeps_whole_rows() -> None:
+    """Its gradient is one tile wide: a depth below the width would drop features without a word."""
+    for (kernel, _, _, width), sizes in TABLE.items():
+        if kernel == "backward":
+            assert all(block_sizes.Config(*size).depth >= width for size in sizes)
+
+
+def test_small_problems_get_small_tiles() -> None:
+    sizes = [block_sizes.Config(*size) for size in TABLE["forward", 90, "half", 128]]
+    assert block_sizes.choose("forward", 90, "half", 128, 131072, 132072) == sizes[0]
+    assert block_sizes.choose("forward", 90, "half", 128, 512, 612) == sizes[-1]
+
+
+def test_a_limit_of_registers_is_an_option_only_where_it_is_set() -> None:
+    assert block_sizes.Config(64, 32, 16, 4, 3).options == {"num_warps": 4, "num_stages": 3}
+    assert block_sizes.Config(64, 32, 16, 4, 3, 128).options == {"num_warps": 4, "num_stages": 3, "maxnreg": 128}
+
+
+@pytest.mark.parametrize("D", [40, 72], ids=["in registers", "through the workspace"])
+def test_a_limit_of_registers_changes_no_result(D: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = set()
+
+    def tiles(limit: int | None) -> None:
+        def choose(kernel: str, arch: int, kind: str, width: int, *_: int) -> block_sizes.Config:
+            taken.add((kernel, limit))
+            return block_sizes.Config(16, 32, 64 if kernel == "backward" else 16, 4, 1, limit)
+
+        monkeypatch.setattr(block_sizes, "choose", choose)
+
+    monkeypatch.setattr(block_sizes, "REGISTER_WIDTH", dict.fromkeys(block_sizes.KINDS, 64))
+    batch = random_batch(device, 30, 11, D)
+    tiles(None)
+    free = loss_and_gradients(backend.contrastive_loss, batch)
+    tiles(128)
+    limited = loss_and_gradients(backend.contrastive_loss, batch)
+    assert taken == {
+        (kernel, limit) for kernel in ("forward", "backward" if D == 40 else "weights") for limit in (None, 128)
+    }
+    if device.type == "cpu":  # compiled, the limit might decide how a product and a sum are rounded
+        assert all(torch.equal(one, other) for one, other in zip(free, limited, strict=True))
+    assert_as_exact_as_plain(batch)
+
+
+def test_matmul_precision_decides_the_kind() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, kind in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(precision)
+            assert block_sizes.kind_of(torch.float32, 90) == kind
+            assert block_sizes.kind_of(torch.float32, 75) == "ieee"
+            assert block_sizes.kind_of(torch.bfloat16, 90) == "half"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_compiled_table_covers_the_shipped_one(compiled: list[dict[str, str]]) -> None:
+    found = {tuple(row[name] for name in COLUMNS) for row in compiled}
+    shipped = {
+        tuple("" if number is None else str(number) for number in (*entry, *block_sizes.Config(*size)))
+        for entry, sizes in TABLE.items()
+        for size in sizes
+    }
+    assert shipped <= found, f"run bench/kernels/aot.py: {sorted(shipped - found)[:3]} were never compiled"
+
+
+def test_compiled_table_has_no_spill_and_fits(compiled: list[dict[str, str]]) -> None:
+    for row in compiled:
+        assert not row["error"], row
+        assert row["stack"] == row["local"] == "0", f"spills: {row}"
+        assert int(row["shared"]) <= int(row["shared_limit"]), f"too much shared memory: {row}"
+
+
+def _uses_tensor_cores(row: dict[str, str]) -> bool:
+    return any(int(row[instruction]) for instruction in ("wgmma", "mma", "tcgen05"))
+
+
+def test_compiled_table_has_tensor_core_products(compiled: list[dict[str, str]]) -> None:
+    """16-bit and TF32 products from sm_80 on; before, Triton has none, and exact float32 has none anywhere."""
+    for row in compiled:
+        if row["kernel"] in ("forward", "backward", "weights"):
+            expected = int(row["arch"]) >= 80 and row["kind"] != "ieee"
+            assert _uses_tensor_cores(row) == expected, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part",
+    [
+        ["--arch", "90", "--kernel", "backward", "--kind", "half", "--width", "128"],
+        ["--arch", "80", "--kernel", "forward", "--kind", "tf32", "--width", "64"],
+        ["--arch", "100", "--kernel", "weights", "--kind", "half"],
+    ],
+    ids=lambda part: f"sm_{part[1]} {part[3]}",
+)
+def test_compiling_again_keeps_the_tables_claims(
+    part: list[str], compiled: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """A few entries from source, in a process without the interpreter; registers may differ with the version."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.kernels.aot", *part, "--processes", "1"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = _rows(done.stdout)
+    wanted = dict(zip(("arch", "kernel", "kind", "width"), part[1::2], strict=False))
+    assert len(again) == sum(all(row[name] == value for name, value in wanted.items()) for row in compiled)
+    assert all(map(_uses_tensor_cores, again))
