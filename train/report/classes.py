@@ -28,10 +28,8 @@ def class_accuracies(names: list[str], counts: Sequence[int], accuracies: NDArra
     percent = 100 * accuracies[order]
     labels = np.array([style.label(names[index]) for index in order])
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.64, 0.36])
-    for group in style.groups(images.tolist()):
+    for group in [group for group in style.groups(images.tolist()) if group.members.any()]:
         here = group.members
-        if not here.any():
-            continue
         points = {
             "x": ranks[here],
             "y": percent[here],
