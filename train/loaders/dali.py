@@ -32,7 +32,7 @@ Indices = NDArray[np.int64]
 class DaliLoader:
     """A Loader of float32 views in channels_last memory, made on `device`.
 
-    The pipeline has no random state: what `draws` drew goes in with the images. So a view depends on (seed, epoch,
+    The pipeline has no random state: what `params.draw` drew goes in with the images. So a view depends on (seed, epoch,
     index, view) alone, and every position is as good to begin at as another.
     """
 

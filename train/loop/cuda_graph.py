@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class WholeStep:
-    """An `engine.Step` for the batches of `order`, all of one size."""
+    """A `Step` for the batches of `order`, all of one size."""
 
     def __init__(self, loader: DeviceLoader) -> None:
         self.order: Loader = _Order(loader)

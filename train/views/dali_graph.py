@@ -1,6 +1,6 @@
 """Views as DALI graphs, on the CPU or a GPU: uint8 images [H, W, 3] in and out, between operations as with Pillow.
 
-Nothing here is random: what `draws` drew comes in with each image. The values are Pillow's to a rounding, which DALI's
+Nothing here is random: what `params.draw` drew comes in with each image. The values are Pillow's to a rounding, which DALI's
 own contrast (about 128), hue (in YIQ), equalize (OpenCV's) and resized regions (they see beyond their border) are not.
 """
 
@@ -113,7 +113,7 @@ def resized_crop(images: Node, planned: Plan, size: int, inputs: dict[str, Node]
 
 
 def resized_box(shape: Node, ratio: tuple[float, float], areas: Node, ratios: Node, place: Node) -> tuple[Node, Node]:
-    """(top, left) and (height, width), int32: `draws.resized_boxes`, value by value, for a size known only here."""
+    """(top, left) and (height, width), int32: `params.resized_boxes`, value by value, for a size known only here."""
     rows, columns = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
     area = rows * columns * areas
     w, h = _rounded(dali_math.sqrt(area * ratios)), _rounded(dali_math.sqrt(area / ratios))

@@ -213,7 +213,7 @@ def test_normalized_views_lie_in_memory_as_convolutions_want_them() -> None:
 
 
 def test_cutout_is_the_square_of_the_views() -> None:
-    """`Cutout` draws a pixel; `draws` a position in [0, 1), which falls into it."""
+    """`Cutout` draws a pixel; `params.draw` a position in [0, 1), which falls into it."""
     white = torch.full((32 * 32, 3, 32, 32), 255, dtype=torch.uint8)
     row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     center = torch.stack([row, column], dim=-1).reshape(-1, 2)
