@@ -37,7 +37,7 @@ import torch
 
 from bench import rows
 
-BENCH = Path(__file__).parent
+BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 MEGABYTE = 2**20
 LARGEST_FILE = 16 * MEGABYTE  # of what goes back

@@ -35,7 +35,7 @@ from rcl_fast.kernels.forward import forward_kernel
 from rcl_fast.kernels.forward_combine import combine_kernel
 from rcl_fast.kernels.pack import pack_kernel
 
-RESULTS = Path(__file__).parents[1] / "results" / "speed" / "aot.csv"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "speed" / "aot.csv"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 # Largest shared memory of one block, bytes (CUDA C++ Programming Guide, table of compute capabilities).

@@ -39,7 +39,7 @@ from bench.rows import append, spread
 from rcl_fast.kernels import block_sizes, passes
 from rcl_fast.kernels.block_sizes import Config
 
-TABLE_FILE = Path(__file__).parents[2] / "kernels" / "block_size_table.py"
+TABLE_FILE = Path(__file__).resolve().parents[2] / "kernels" / "block_size_table.py"
 SIZES = {"large": 0, "small": -1}  # where an entry of the table holds the tile
 PROBLEMS = {"large": (16384, 1000), "small": (512, 100)}  # anchors and classes that a tile is timed with
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

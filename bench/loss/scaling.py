@@ -89,7 +89,7 @@ def cost(way: str, world: int, a: Assumptions) -> Cost:
 
 def main(a: Assumptions) -> None:
     print(table(a))
-    draw(a, Path(__file__).parents[1] / "docs" / "figures" / "scaling.svg")
+    draw(a, Path(__file__).resolve().parents[2] / "docs" / "figures" / "scaling.svg")
 
 
 def table(a: Assumptions) -> str:
