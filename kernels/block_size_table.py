@@ -2,7 +2,8 @@
 
 The large tile first, then the one for problems too small to give every multiprocessor a large one.
 Chosen by what compiles without a spill (bench/results/speed/aot.csv), not by time: no GPU has been at hand.
-`python bench/tune.py --write` chooses by time; the rows of such a choice belong into bench/results/tune.jsonl.
+`python -m bench.kernels.tune --write` chooses by time; the rows of such a choice belong into
+bench/results/speed/tune.jsonl.
 """
 
 TABLE: dict[tuple[str, int, str, int], tuple[tuple[int, ...], ...]] = {
