@@ -160,7 +160,7 @@ def _checked_batch(
     if features.ndim == 3:
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
-    num_classes = next(iter(rows.values()), 0)
+    num_classes = (*rows.values(), 0)[0]  # they agree; PyTorch 2.7 does not compile next() with a default
     if num_classes:
         checks.check_label_values(labels, num_classes, validate)
     return ContrastiveBatch(
