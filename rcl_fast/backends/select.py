@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from torch.torch_version import TorchVersion
 
 
 class Choice(NamedTuple):
@@ -46,7 +47,15 @@ def explain_backend(device: torch.device | str | None = None, dtype: torch.dtype
     name = f"the GPU is of generation sm_{major}{minor}"
     if major < 8:
         return Choice("tiled", f"{name}, and Triton uses tensor cores from sm_80 on; cuBLAS uses this one's")
+    if major >= 11 and _triton_version() < "3.3.1":
+        return Choice("tiled", f"{name}, and Triton before 3.3.1 makes no products for it; PyTorch 2.7.1 brings that")
     return Choice("triton", f"{name}, and Triton uses tensor cores from sm_80 on")
+
+
+def _triton_version() -> TorchVersion:
+    import triton  # not every platform has it
+
+    return TorchVersion(triton.__version__)
 
 
 @torch.compiler.assume_constant_result

@@ -5,16 +5,18 @@ import sys
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import rcl_fast
 from rcl_fast.backends import select, triton
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """A GPU of that generation, as far as the choice looks."""
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton_version: str = "3.3.1") -> None:
+    """A GPU of that generation and a Triton, as far as the choice looks."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(choice, "_triton_version", lambda: TorchVersion(triton_version))
 
 
 GENERATIONS = {
@@ -36,6 +38,14 @@ def test_the_kernels_from_sm_80_on(monkeypatch: pytest.MonkeyPatch, capability: 
         assert chosen.backend == backend
         assert f"sm_{capability[0]}{capability[1]}" in str(chosen)
     assert rcl_fast.explain_backend().backend == backend  # the GPU where there is one
+
+
+def test_the_first_triton_of_pytorch_2_7_has_no_products_for_the_newest_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (12, 0), "3.3.0")
+    assert "sm_120, and Triton before 3.3.1 makes no products" in rcl_fast.explain_backend("cuda").reason
+    assert rcl_fast.explain_backend("cuda").backend == "tiled"
+    pretend(monkeypatch, (10, 0), "3.3.0")
+    assert rcl_fast.explain_backend("cuda").backend == "triton"
 
 
 def test_float64_the_cpu_and_other_devices_take_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
