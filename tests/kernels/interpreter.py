@@ -1,4 +1,4 @@
-"""Three repairs of Triton's interpreter, so that it computes what a GPU does (seen with Triton 3.6 and NumPy 2.4)."""
+"""Four repairs of Triton's interpreter, so that it computes what a GPU does (Triton 3.3 and 3.6, NumPy 1.26 to 2.4)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ def repair() -> None:
     _loop_bounds_are_arrays()
     _bfloat16_products_are_of_bit_patterns()
     _bfloat16_is_truncated()
+    _booleans_have_no_complement()
 
 
 def _loop_bounds_are_arrays() -> None:
     """NumPy 2.4 makes no integer of an array of one element, which every loop bound is."""
     patch = interpreter._patch_lang_tensor
 
-    def patch_and_repair(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patch_and_repair(tensor: Any, *scope: Any) -> None:  # Triton 3.3 and 3.4 have no scope, and set what they patch
+        patch(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_and_repair
 
@@ -56,3 +58,19 @@ def _bfloat16_is_truncated() -> None:
         return interpreter.TensorHandle(rounded, dst_type.scalar)
 
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+
+def _booleans_have_no_complement() -> None:
+    """Triton 3.3 has neither the type nor the value that ~mask asks for."""
+    builder = interpreter.InterpreterBuilder
+    if hasattr(builder, "get_int1_ty"):
+        return
+    all_ones = builder.get_all_ones_value
+
+    def get_all_ones_value(self: Any, of_type: Any) -> Any:
+        if of_type.scalar != tl.int1:
+            return all_ones(self, of_type)
+        return interpreter.TensorHandle(np.ones(1, dtype=np.bool_), tl.int1)
+
+    builder.get_int1_ty = lambda self: tl.int1
+    builder.get_all_ones_value = get_all_ones_value

@@ -138,6 +138,7 @@ def test_which_gpus_multiply_16_bits(
     dtype: torch.dtype, capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
+    monkeypatch.setattr(tiled_keys, "_MIXED_PRODUCTS", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -145,3 +146,5 @@ def test_which_gpus_multiply_16_bits(
         features = torch.empty(4, 8, dtype=dtype, device="cuda")
     batch = tiled_keys.ContrastiveBatch(features, None, None, None, None, 0, 0.1, False, True)
     assert tiled_keys.multiplies_16_bits(batch) is expected
+    monkeypatch.setattr(tiled_keys, "_MIXED_PRODUCTS", False)  # PyTorch 2.7, or a build for CPUs
+    assert tiled_keys.multiplies_16_bits(batch) is False
