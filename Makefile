@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.9
 
-.PHONY: train test test-slow test-latest test-gpu-stack rehearse check types lock bench
+.PHONY: train test test-slow test-latest test-floor test-gpu-stack rehearse check types lock bench
 
 train: .venv/installed
 	$(BIN)/python train/run.py $(ARGS)
@@ -22,6 +22,16 @@ test-latest:
 	@.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
 	@.venv-latest/bin/uv pip install --quiet --python .venv-latest/bin/python --upgrade torch torchvision triton --editable '.[dev]'
 	.venv-latest/bin/python -m pytest tests/rcl_fast tests/kernels $(ARGS)
+
+# The same with the lowest versions that setup.py allows (but Triton: the one that this PyTorch brings), in a third. A
+# floor of numpy that this Python never had a wheel of gives way to the lowest that it has.
+test-floor:
+	@test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	@.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
+	@.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --resolution lowest-direct \
+		--only-binary numpy --editable . 'torch==2.7.*' 'torchvision==0.22.*'
+	@.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --editable '.[dev]'
+	.venv-floor/bin/python -m pytest tests/rcl_fast tests/kernels $(ARGS)
 
 # The same with the packages of a rented GPU machine (bench/gpu_stack.txt), uninstalled as there.
 test-gpu-stack: .venv-gpu-stack/installed
