@@ -16,7 +16,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(choice, "_triton_version", lambda: TorchVersion(triton_version))
+    monkeypatch.setattr(select, "_triton_version", lambda: TorchVersion(triton_version))
 
 
 GENERATIONS = {
