@@ -6,6 +6,7 @@ A list of exceptions may only shrink: an entry that is no longer needed, or that
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "rcl_fast", "train")
 
-# A room imports those above it in this list. "commands" are the files that people start.
+# A room imports those before it in this list. "commands" are the files that people start.
 ROOMS = (
     *("options", "config", "runtime", "data", "views", "network", "rundir", "loaders", "loop", "report"),
     *("inference", "jobs", "experiments", "commands"),
@@ -22,7 +24,7 @@ ROOMS = (
 COMMANDS = ("run", "verify", "second_stage", "sweep", "reproduce")
 EARLIER_NAMES = ("trained",)  # of modules that have moved; nothing imports them
 
-# Statements `raise SystemExit` outside the commands, which alone are to end the program.
+# How often a module outside the commands, which alone are to end the program, names a way to end it.
 EXITS = {
     "train/config.py": 5,
     "train/data/scan.py": 1,
@@ -33,7 +35,7 @@ EXITS = {
     "train/inference.py": 1,
     "train/jobs/second_stage.py": 8,
     "train/jobs/train.py": 8,
-    "train/jobs/verify.py": 3,
+    "train/jobs/verify.py": 4,
     "train/loaders/build.py": 2,
     "train/loop/cuda_graph.py": 1,
     "train/loop/training.py": 4,
@@ -56,116 +58,185 @@ MANY_PARAMETERS = {
 }
 README_LINES = 293
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
 
 @cache
 def sources() -> dict[Path, ast.Module]:
     """Every module of the three packages, by its path from the root."""
-    paths = sorted(path for folder in ("kernels", "rcl_fast", "train") for path in (ROOT / folder).rglob("*.py"))
+    paths = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     return {path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
-    """The dotted names that a module imports, anywhere in it; `from a import b` is a.b."""
+def of_package(package: str) -> Iterator[tuple[Path, ast.Module]]:
+    return ((path, tree) for path, tree in sources().items() if path.parts[0] == package)
+
+
+def is_command(path: Path) -> bool:
+    return path.parent == Path("train") and path.stem in COMMANDS
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """The dotted names that a module imports, anywhere in it; `from a import b` is a.b, `from .a import b` .a.b."""
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
+            found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute here"
-            yield from (f"{node.module}.{name.name}" for name in node.names)
+            found |= {f"{'.' * node.level}{node.module or ''}.{name.name}" for name in node.names}
+    return found
 
 
-def room(parts: tuple[str, ...]) -> str:
-    """The room of a module, of the parts of its name below rcl_fast.train."""
-    return "commands" if parts[0] in COMMANDS else parts[0]
+def hidden_imports(tree: ast.AST) -> set[str]:
+    """Ways to our modules that `imports` does not tell apart, or does not see."""
+    plain = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    found = {f"import {name}" for name in plain if name.split(".")[0] == "rcl_fast"}
+    found |= {name for name in imports(tree) if name.startswith(".") or name.split(".")[0] in ("kernels", "train")}
+    found |= {name for name in imports(tree) if name.split(".")[0] in ("bench", "tests")}
+    found |= {name for name in imports(tree) if name in ("rcl_fast.train", "rcl_fast.kernels")}
+    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return found | {text for text in texts if re.fullmatch(r"rcl_fast\.(train|kernels)(\.\w+)+", text)}
 
 
-def of_train(names: Iterator[str]) -> Iterator[tuple[str, ...]]:
-    for name in names:
-        if name.startswith("rcl_fast.train."):
-            yield tuple(name.split(".")[2:])
+def rooms_imported(tree: ast.AST) -> dict[str, str]:
+    """{room: an import of it}."""
+    below = (name for name in imports(tree) if name.startswith("rcl_fast.train."))
+    return {room(name.split(".")[2]): name for name in below}
+
+
+def room(name: str) -> str:
+    """The room of a module or folder right below train/."""
+    return "commands" if name in COMMANDS else name
+
+
+def test_imports_are_absolute_and_say_which_module_they_take() -> None:
+    found = {str(path): hidden for path, tree in sources().items() if (hidden := hidden_imports(tree))}
+    assert not found
 
 
 def test_the_kernels_import_nothing_of_the_library() -> None:
-    for path, tree in sources().items():
-        if path.parts[0] == "kernels":
-            ours = {name for name in imports(tree) if name.startswith("rcl_fast")}
-            assert all(name.startswith("rcl_fast.kernels.") for name in ours), (path, ours)
+    for path, tree in of_package("kernels"):
+        above = {name for name in imports(tree) if name.startswith("rcl_fast")}
+        assert all(name.startswith("rcl_fast.kernels.") for name in above), (path, above)
 
 
 def test_the_library_imports_nothing_of_the_trainer() -> None:
-    for path, tree in sources().items():
-        if path.parts[0] == "rcl_fast":
-            assert not [name for name in imports(tree) if name.startswith("rcl_fast.train")], path
+    for path, tree in of_package("rcl_fast"):
+        assert not rooms_imported(tree), path
 
 
 def test_every_module_of_the_trainer_is_in_a_room() -> None:
-    found = {path.relative_to("train").with_suffix("").parts for path in sources() if path.parts[0] == "train"}
-    assert {room(parts) for parts in found} - {"__init__", *EARLIER_NAMES} == set(ROOMS)
+    found = {room(path.relative_to("train").with_suffix("").parts[0]) for path, _ in of_package("train")}
+    assert found == {*ROOMS, "__init__", *EARLIER_NAMES}
 
 
 def test_rooms_import_downwards_only() -> None:
-    below = {lower: number for number, lower in enumerate(ROOMS)}
-    for path, tree in sources().items():
-        here = path.relative_to("train").with_suffix("").parts if path.parts[0] == "train" else ("__init__",)
-        if here[0] in ("__init__", *EARLIER_NAMES):
-            continue
-        for there in of_train(imports(tree)):
-            assert room(there) == room(here) or below[room(there)] < below[room(here)], (path, there)
+    place = {name: number for number, name in enumerate(ROOMS)}
+    for path, tree in of_package("train"):
+        here = room(path.relative_to("train").with_suffix("").parts[0])
+        for there, name in rooms_imported(tree).items():
+            assert there in ROOMS, f"{path} imports {name}: no room of that name"
+            assert here != "__init__", f"{path} imports {name}: every other import would wait for it"
+            height = len(ROOMS) if here in EARLIER_NAMES else place[here]
+            assert place[there] < height or there == here, f"{path} imports {name}, from above"
 
 
 def test_no_command_imports_another() -> None:
-    for path, tree in sources().items():
-        if path.parts[0] == "train" and path.stem in COMMANDS and len(path.parts) == 2:
-            assert not [there for there in of_train(imports(tree)) if there[0] in COMMANDS], path
+    for path, tree in of_package("train"):
+        assert not is_command(path) or "commands" not in rooms_imported(tree), path
 
 
 def test_only_commands_end_the_program() -> None:
-    found = {
-        str(path): count
-        for path, tree in sources().items()
-        if not (len(path.parts) == 2 and path.stem in COMMANDS)
-        and (count := sum(map(ends_the_program, ast.walk(tree))))
+    counts = {str(path): len(exits(tree)) for path, tree in sources().items() if not is_command(path)}
+    assert {path: count for path, count in counts.items() if count} == EXITS
+
+
+def exits(tree: ast.AST) -> list[str]:
+    """Where a module names SystemExit but to catch it, or a function that ends the program."""
+    caught = {
+        id(name)
+        for handler in ast.walk(tree)
+        if isinstance(handler, ast.ExceptHandler) and handler.type is not None
+        for name in ast.walk(handler.type)
     }
-    assert found == EXITS
+    named = [
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and node.id in ("SystemExit", "exit", "quit") and id(node) not in caught
+    ]
+    functions = {"sys.exit", "os._exit", "os.abort", "builtins.SystemExit"}
+    reached = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return [
+        *named,
+        *(name for name in map(ast.unparse, reached) if name in functions),
+        *(name for name in imports(tree) if name in functions),
+    ]
 
 
-def ends_the_program(node: ast.AST) -> bool:
-    """Whether it raises SystemExit, or makes one for others to raise, or calls sys.exit."""
-    if isinstance(node, ast.Call):
-        return ast.unparse(node.func) in ("SystemExit", "sys.exit", "exit", "quit")
-    return isinstance(node, ast.Raise) and isinstance(node.exc, ast.Name) and node.exc.id == "SystemExit"
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("raise SystemExit", "raise SystemExit(3)", "error = SystemExit(3)", "sys.exit(2)", "os._exit(1)"),
+        *("from sys import exit as leave", "class Stop(SystemExit): ...", "quit()"),
+    ],
+)
+def test_each_way_to_end_the_program_is_seen(given: str) -> None:
+    assert len(exits(ast.parse(given))) == 1
 
 
-def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+def test_to_catch_an_exit_is_to_end_nothing() -> None:
+    assert not exits(ast.parse("try: ...\nexcept (SystemExit, OSError): ..."))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("import rcl_fast", "import rcl_fast.train.run", "from rcl_fast import train", "from . import tiles"),
+        *("from train.options import Config", "import bench.rows", "find_spec('rcl_fast.train.run')"),
+    ],
+)
+def test_each_hidden_import_is_seen(given: str) -> None:
+    assert hidden_imports(ast.parse(given))
+
+
+def functions() -> Iterator[tuple[str, Function]]:
+    """Each with its path and its name below the module, of which there is one."""
     for path, tree in sources().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield f"{path} {node.name}", node
+        yield from ((f"{path} {name}", function) for name, function in below(tree, ""))
 
 
-def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+def below(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
+    for node in ast.iter_child_nodes(tree):
+        name = f"{prefix}{getattr(node, 'name', '')}"
+        if isinstance(node, Function):
+            yield name, node
+        named = isinstance(node, Function | ast.ClassDef)
+        yield from below(node, f"{name}." if named else prefix)
 
 
-def is_operator(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """A custom operator of PyTorch, or what stands in for it without values: their signatures are flat."""
-    kinds = ("torch.library.", ".register_fake")
+def decorated(function: Function, *kinds: str) -> bool:
     return any(kind in ast.unparse(decorator) for decorator in function.decorator_list for kind in kinds)
 
 
-def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+def is_kernel(function: Function) -> bool:
+    return decorated(function, "triton.jit")
+
+
+def is_operator(function: Function) -> bool:
+    """A custom operator of PyTorch, or what stands in for it without values: their signatures are flat."""
+    return decorated(function, "torch.library.", ".register_fake")
+
+
+def parameters(function: Function) -> int:
     """How many it has, self and cls aside."""
     given = function.args
     named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
-    return len(named) - (bool(named) and named[0].arg in ("self", "cls"))
+    of_its_own = len(named) - (bool(named) and named[0].arg in ("self", "cls"))
+    return of_its_own + (given.vararg is not None) + (given.kwarg is not None)
 
 
-def test_files_of_the_trainer_are_short() -> None:
-    lengths = {
-        str(path): len((ROOT / path).read_text(encoding="utf-8").splitlines())
-        for path in sources()
-        if path.parts[0] == "train"
-    }
+def test_files_are_short() -> None:
+    lengths = {str(path): len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in sources()}
     assert {path: length for path, length in lengths.items() if length >= LONGEST_FILE} == LONG_FILES
 
 
@@ -188,8 +259,22 @@ def test_the_readme_is_short() -> None:
     assert length <= LONGEST_README or length == README_LINES, "the exception may only shrink: write the new length"
 
 
-@pytest.mark.parametrize(
-    "given", ["raise SystemExit", "raise SystemExit('no')", "error = SystemExit(3)", "sys.exit(2)"]
-)
-def test_each_way_to_end_the_program_is_seen(given: str) -> None:
-    assert sum(map(ends_the_program, ast.walk(ast.parse(given)))) == 1
+def test_contributing_has_the_rooms_in_this_order_and_about_their_lengths() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+(?:\.py|/)`|commands).* \| ([\d,]+) \|$", text, flags=re.MULTILINE)
+    assert [name.strip("`").removesuffix(".py").removesuffix("/") for name, _ in rows] == list(ROOMS)
+    lines: dict[str, int] = {}
+    for path, _ in of_package("train"):
+        name = room(path.relative_to("train").with_suffix("").parts[0])
+        lines[name] = lines.get(name, 0) + len((ROOT / path).read_text(encoding="utf-8").splitlines())
+    for (_, written), name in zip(rows, ROOMS, strict=True):
+        assert int(written.replace(",", "")) == pytest.approx(lines[name], rel=0.1), name
+
+
+def test_contributing_says_about_how_long_each_file_of_the_walk_is() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walk = re.findall(r"`([\w/]+\.py)`\s+\((\d+)\)", text)
+    assert len(walk) > 20
+    for path, written in walk:
+        length = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        assert int(written) == pytest.approx(length, rel=0.1), path

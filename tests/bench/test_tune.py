@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import runpy
@@ -16,29 +15,25 @@ from typing import Any
 import pytest
 import torch
 
+from bench.kernels import tune
+
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def tune() -> Any:
-    """Imported late: it imports Triton, which tests/kernels/conftest.py must do first."""
-    return importlib.import_module("bench.kernels.tune")
-
-
 @pytest.fixture
-def choice(tune: Any) -> Any:
+def choice() -> Any:
     return tune.Choice("forward", 90, "half", 128, "large")
 
 
 @pytest.fixture
-def outcome(tune: Any) -> Callable[..., Any]:
+def outcome() -> Callable[..., Any]:
     def make(registers: int = 255, shared: int = 66_000, stack: int = 0) -> Any:
         return tune.aot.Outcome(registers, stack, 0, shared, 1, 0, 0)
 
     return make
 
 
-def test_flags_choose_the_tiles(tune: Any) -> None:
+def test_flags_choose_the_tiles() -> None:
     one = tune.choices([90], ["forward"], ["half"], [128], ["large"])
     assert one == [("forward", 90, "half", 128, "large")]
     assert one[0].shipped == tune.Config(*tune.aot.TABLE["forward", 90, "half", 128][0])
@@ -82,7 +77,7 @@ def test_programs_of_a_multiprocessor(
     ],
 )
 def test_limits_of_registers_are_those_that_make_room(
-    tune: Any, outcome: Callable[..., Any], registers: int, shared: int, warps: int, limits: list[int]
+    outcome: Callable[..., Any], registers: int, shared: int, warps: int, limits: list[int]
 ) -> None:
     config = tune.Config(128, 128, 64, warps, 2)
     unlimited = outcome(registers, shared)
@@ -95,7 +90,7 @@ def test_limits_of_registers_are_those_that_make_room(
         held += 1
 
 
-def test_candidates_differ_and_leave_the_limits_to_the_compilers_counts(tune: Any) -> None:
+def test_candidates_differ_and_leave_the_limits_to_the_compilers_counts() -> None:
     for choice in tune.choices(tune.block_sizes.ARCHITECTURES):
         found = list(tune.candidates(choice))
         assert len(set(found)) == len(found)
@@ -104,7 +99,7 @@ def test_candidates_differ_and_leave_the_limits_to_the_compilers_counts(tune: An
             assert all(config.depth >= choice.width for config in found)
 
 
-def test_the_best_of_each_tile_comes_first(tune: Any, outcome: Callable[..., Any]) -> None:
+def test_the_best_of_each_tile_comes_first(outcome: Callable[..., Any]) -> None:
     wide, narrow = tune.Config(128, 128, 64, 8, 3), tune.Config(64, 64, 64, 4, 3)
     trials = [
         tune.Trial(wide, outcome(255, 98_304)),  # 1 program
@@ -117,7 +112,7 @@ def test_the_best_of_each_tile_comes_first(tune: Any, outcome: Callable[..., Any
     assert in_order == [2, 3, 0, 4, 1]
 
 
-def _compiler(tune: Any, outcome: Callable[..., Any], compiled: list[Any]) -> Callable[[Any], Any]:
+def _compiler(outcome: Callable[..., Any], compiled: list[Any]) -> Callable[[Any], Any]:
     """Large tiles take 255 registers and do not spill at 128; those of 128×64 with 8 warps spill as they are."""
 
     def compile_case(case: Any) -> Any:
@@ -134,10 +129,10 @@ def _compiler(tune: Any, outcome: Callable[..., Any], compiled: list[Any]) -> Ca
 
 
 def test_exploring_strikes_out_spills_and_puts_the_shipped_tile_first(
-    tune: Any, choice: Any, outcome: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    choice: Any, outcome: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr(tune.aot, "compile_case", _compiler(tune, outcome, compiled))
+    monkeypatch.setattr(tune.aot, "compile_case", _compiler(outcome, compiled))
     with ThreadPoolExecutor(1) as pool:
         first, *others = tune.explore(choice, 12, pool, 1)
     found = [trial.config for trial in others]
@@ -171,20 +166,20 @@ class Clock:
         return make
 
 
-def test_rounds_end_with_the_budget(tune: Any) -> None:
+def test_rounds_end_with_the_budget() -> None:
     clock = Clock()
     taken = tune.in_rounds([clock.timer(2.0, 0.5), clock.timer(2.0, 1.5)], 20.0, clock)
     assert taken == [[0.5] * 8, [1.5] * 8]
     assert clock.now == 20.0
 
 
-def test_rounds_end_when_there_are_enough(tune: Any) -> None:
+def test_rounds_end_when_there_are_enough() -> None:
     clock = Clock()
     (taken,) = tune.in_rounds([clock.timer(0.1, 0.001)], 60.0, clock)
     assert len(taken) == tune.ROUNDS[1]
 
 
-def test_candidates_beyond_the_budget_are_left_out(tune: Any) -> None:
+def test_candidates_beyond_the_budget_are_left_out() -> None:
     clock = Clock()
     taken = tune.in_rounds([clock.timer(2.0, 1.0)] * 10, 20.0, clock)
     assert taken == [[1.0] * 4] * 3
@@ -192,23 +187,21 @@ def test_candidates_beyond_the_budget_are_left_out(tune: Any) -> None:
     assert tune.in_rounds([clock.timer(90.0, 30.0)] * 2, 60.0, clock) == [[30.0] * 3]  # the shipped one, in any case
 
 
-def _row(tune: Any, choice: Any, outcome: Callable[..., Any], config: Any, microseconds: list[float]) -> Any:
+def _row(choice: Any, outcome: Callable[..., Any], config: Any, microseconds: list[float]) -> Any:
     return tune.row(choice, tune.Trial(config, outcome()), [1e-6 * taken for taken in microseconds])
 
 
-def test_the_best_must_beat_the_shipped_one_beyond_the_spread(
-    tune: Any, choice: Any, outcome: Callable[..., Any]
-) -> None:
+def test_the_best_must_beat_the_shipped_one_beyond_the_spread(choice: Any, outcome: Callable[..., Any]) -> None:
     other = tune.Config(64, 64, 128, 4, 3, 168)
-    shipped = _row(tune, choice, outcome, choice.shipped, [100, 101, 102, 103, 104])
+    shipped = _row(choice, outcome, choice.shipped, [100, 101, 102, 103, 104])
     assert (shipped["shipped"], shipped["rounds"]) == (True, 5)
     assert shipped["microseconds"] == pytest.approx(102)
     assert shipped["microseconds_p20"] == pytest.approx(100.8)
     assert shipped["microseconds_p80"] == pytest.approx(103.2)
 
-    quicker = _row(tune, choice, outcome, other, [90, 91, 92, 93, 94, 150])
-    hardly = _row(tune, choice, outcome, other, [97, 98, 99, 101, 102])
-    untimed = _row(tune, choice, outcome, other, [])
+    quicker = _row(choice, outcome, other, [90, 91, 92, 93, 94, 150])
+    hardly = _row(choice, outcome, other, [97, 98, 99, 101, 102])
+    untimed = _row(choice, outcome, other, [])
     assert tune.best([shipped, untimed, quicker]) == other
     assert tune.best([shipped, hardly]) is None
     assert tune.best([shipped, untimed]) is None
@@ -216,7 +209,7 @@ def test_the_best_must_beat_the_shipped_one_beyond_the_spread(
 
 
 def test_writing_changes_that_tile_and_nothing_else(
-    tune: Any, choice: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    choice: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tune.TABLE_FILE.read_text(encoding="utf-8")
     copy = tmp_path / "table.py"
@@ -239,10 +232,10 @@ def test_writing_changes_that_tile_and_nothing_else(
 
 
 def test_a_dry_run_does_all_but_the_timing(
-    tune: Any, choice: Any, outcome: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    choice: Any, outcome: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(tune.aot, "compile_case", _compiler(tune, outcome, []))
+    monkeypatch.setattr(tune.aot, "compile_case", _compiler(outcome, []))
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda processes, mp_context: ThreadPoolExecutor(processes))
     output = tmp_path / "rows.jsonl"
     flags = ["--dry-run", "--arch", "90", "--kernel", "forward", "--kind", "half", "--width", "128", "--size", "large"]
@@ -256,7 +249,7 @@ def test_a_dry_run_does_all_but_the_timing(
 
 
 def test_without_times_the_largest_tile_that_does_not_spill_is_written(
-    tune: Any, choice: Any, outcome: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    choice: Any, outcome: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = []
 
@@ -335,7 +328,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_for() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_timing_takes_turns_and_compiles_nothing(tune: Any) -> None:
+def test_timing_takes_turns_and_compiles_nothing() -> None:
     device = torch.device("cuda")
     arch = tune.block_sizes.architecture(device)
     major, minor = torch.cuda.get_device_capability(device)

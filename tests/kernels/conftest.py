@@ -11,17 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from rcl_fast.kernels import block_sizes
+
 # Without it PyTorch refuses cuBLAS's products where algorithms are to be deterministic, as a fixture below asks.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 INTERPRETED = not torch.cuda.is_available()
-if INTERPRETED:
-    # Read when a kernel is defined, and by Triton's own library when it is imported: nothing may have done so yet.
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise pytest.UsageError("triton was imported before tests/kernels/conftest.py: set TRITON_INTERPRET=1 outside")
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from rcl_fast.kernels import block_sizes  # noqa: E402 (after the environment is set)
-
 if INTERPRETED:
     sys.path.insert(0, str(Path(__file__).parent))
     import interpreter

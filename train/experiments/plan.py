@@ -122,8 +122,6 @@ def missing_runs(entries: Plan, known: Rows) -> list[Run]:
 
 
 def missing_stages(entries: Plan, known: Rows) -> list[Entry]:
-    if not runs.second_stages_are_built():
-        return []
     return [
         entry
         for entry in unique(entries)

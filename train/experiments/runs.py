@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -113,10 +112,6 @@ def _computed_otherwise(of: Run) -> list[str]:
             if wanted[section][name] not in (None, saved[section][name])
         }
     )
-
-
-def second_stages_are_built() -> bool:
-    return find_spec("rcl_fast.train.second_stage") is not None
 
 
 def second_stage_command(of: Run, method: str) -> list[str]:

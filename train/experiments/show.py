@@ -80,14 +80,8 @@ def fill(table: Table, entries: Plan, found: Rows, setting: Setting, seeds: int)
         for row, of_row in zip(table.rows, entries, strict=True)
     ]
     selected_on = list(dict.fromkeys(row["selected_on"] for row in found.values() if row["selected_on"]))
-    without = [_without(row.options is None, row.without_run, row.second_stage) for row in table.rows]
+    without = [row.without_run if row.options is None else "not run" for row in table.rows]
     return Filled(table, by_row, without, words, seeds, selected_on)
-
-
-def _without(no_run: bool, why: str, second_stage: str | None) -> str:
-    if no_run:
-        return why
-    return "not built" if second_stage and not runs.second_stages_are_built() else "not run"
 
 
 def _draw(table: Table, entries: Plan, title: str, file: Path, console: Console) -> None:

@@ -32,8 +32,8 @@ Indices = NDArray[np.int64]
 class DaliLoader:
     """A Loader of float32 views in channels_last memory, made on `device`.
 
-    The pipeline has no random state: what `params.draw` drew goes in with the images. So a view depends on (seed, epoch,
-    index, view) alone, and every position is as good to begin at as another.
+    The pipeline has no random state: what `params.draw` drew goes in with the images. So a view depends on (seed,
+    epoch, index, view) alone, and every position is as good to begin at as another.
     """
 
     def __init__(self, reading: Reading, *, device: torch.device, threads: int) -> None:

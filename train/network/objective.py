@@ -74,7 +74,9 @@ def build_cross_entropy(config: Config, class_counts: Tensor) -> nn.Module:
         return CBFocal(class_counts)
     if name == "ldam_drw":
         return LDAM(class_counts, scale=config.model.cosine_scale)
-    return LogitAdjusted(class_counts, config.loss.tau)
+    if name == "logit_adjusted" or name in PRESETS:
+        return LogitAdjusted(class_counts, config.loss.tau)
+    raise ValueError(f"--loss {name} has no cross-entropy side: build_cross_entropy does not know it")
 
 
 def starts_compression(config: Config, epoch: int) -> bool:

@@ -1,7 +1,8 @@
 """Views as DALI graphs, on the CPU or a GPU: uint8 images [H, W, 3] in and out, between operations as with Pillow.
 
-Nothing here is random: what `params.draw` drew comes in with each image. The values are Pillow's to a rounding, which DALI's
-own contrast (about 128), hue (in YIQ), equalize (OpenCV's) and resized regions (they see beyond their border) are not.
+Nothing here is random: what `params.draw` drew comes in with each image. The values are Pillow's to a rounding, which
+DALI's own contrast (about 128), hue (in YIQ), equalize (OpenCV's) and resized regions (they see beyond their border)
+are not.
 """
 
 from collections.abc import Callable, Sequence

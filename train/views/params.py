@@ -1,7 +1,7 @@
-"""The random choices of a view, as tensors: a pure function of (seed, epoch, index, view), the same for every loader.
+"""The random choices of a view, as tensors: a pure function of (seed, epoch, index, view).
 
-The torchvision loader draws inside its transforms; the others carry out what is drawn here. tests/train hold the
-distributions to torchvision's and timm's.
+The device and DALI loaders carry out what is drawn here. The torchvision loader draws inside its transforms;
+tests/train/views/test_params.py holds the distributions to torchvision's and timm's.
 """
 
 from __future__ import annotations

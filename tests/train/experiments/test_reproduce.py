@@ -448,20 +448,18 @@ def test_another_setting_is_marked_and_keeps_away_from_the_real_table(tmp_path: 
     assert (given.options.folder / "tables" / "table1-digits_lt-2epochs-only.md").exists()
 
 
-def test_rows_without_runs_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "second_stages_are_built", lambda: False)
+def test_rows_without_runs_say_why(tmp_path: Path) -> None:
     given = options(tmp_path, "table3", only=("RIDE", "Decoupled: cRT", "CE", "best published elsewhere"))
     shown(given)
     lines = (given.options.folder / "tables" / "table3-only.md").read_text().splitlines()
     by_label = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("|")}
     assert by_label["RIDE"].count("not in our sources | not built") == 6
-    assert by_label["Decoupled: cRT"].count("not in our sources | not built") == 6
+    assert by_label["Decoupled: cRT"].count("not in our sources | not run") == 6
     assert by_label["CE"].count("not in our sources | not run") == 6
     assert "86.1 | – |" in by_label["best published elsewhere"]
 
 
-def test_second_stages_run_on_finished_runs_and_give_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "second_stages_are_built", lambda: True)
+def test_second_stages_run_on_finished_runs_and_give_rows(tmp_path: Path) -> None:
     given = options(tmp_path, "table3", only=("Decoupled: cRT",), dataset="cifar10_lt", seeds=1)
     _, entries = planned(given)
     run = entries[0][0][0].run
