@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rcl_fast.train import trained
+from rcl_fast.train.inference import load_run
 
 ROOT = Path(__file__).parents[2]
 OLD = ROOT / "tests" / "data" / "run_of_6b8c554"
@@ -76,12 +76,12 @@ def test_it_loads(resumed: Path) -> None:
     shutil.copy(OLD / "mid_epoch.pt", resumed)
     expected = torch.tensor(EXPECTED["logits of mid_epoch.pt"])
     torch.testing.assert_close(logits(resumed, "mid_epoch.pt"), expected, rtol=1e-4, atol=1e-4)
-    assert trained.load(resumed).class_names == [str(digit) for digit in range(10)]
+    assert load_run(resumed).class_names == [str(digit) for digit in range(10)]
 
 
 def logits(folder: Path, checkpoint: str) -> torch.Tensor:
     """[10] of an image that gets brighter to the right and below."""
-    model, view, _ = trained.load(folder, checkpoint)
+    model, view, _ = load_run(folder, checkpoint)
     pixels = np.add.outer(np.arange(8), np.arange(8)).astype(np.uint8) * 18
     with torch.no_grad():
         return model.classifier(model.backbone(view(Image.fromarray(pixels).convert("RGB"))[None]))[0]
