@@ -8,9 +8,10 @@ UV := uv==0.13.9
 train: .venv/installed
 	$(BIN)/python train/run.py $(ARGS)
 
-# Two files at a time, as a file's tests share what they made; ARGS="-n 0" for one, and for a debugger.
+# Two files at a time, as a file's tests share what they made, and in their order: the longest are not the last.
+# ARGS="-n 0" for one at a time, and for a debugger.
 test: .venv/installed check types
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 # What waits for minutes, as torchrun does between a failure and a restart: before a change lands.
 test-slow: .venv/installed

@@ -57,7 +57,7 @@ setup(
         ],
         "dev": [
             "pytest>=8.0",
-            "pytest-xdist>=3.6",  # two tests at a time; as many as there are cores on a GPU machine
+            "pytest-xdist>=3.7",  # two tests at a time; as many as there are cores on a GPU machine
             "hypothesis>=6.100",  # generated shapes and class distributions
             "pytest-benchmark>=4.0",
             "matplotlib>=3.8",  # bench/loss/plot.py draws the figures of the results, train/reproduce.py figure 3

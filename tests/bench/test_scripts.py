@@ -4,6 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.images.loaders import an_epoch
+from rcl_fast.train import config
+from rcl_fast.train.loaders import build
+from rcl_fast.train.loop.training import start_training
+from rcl_fast.train.runtime.machine import choose_machine
+
 ROOT = Path(__file__).parents[2]
 
 WITHOUT_THE_TRAINER = """
@@ -21,27 +27,16 @@ def test_the_loss_is_measured_without_the_trainers_packages() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_THE_TRAINER, str(ROOT)], check=True, timeout=300)
 
 
-TWO_EPOCHS = """
-import sys
-sys.path.append(sys.argv[1])
-from bench.images.loaders import an_epoch
-from rcl_fast.train import config
-from rcl_fast.train.loaders import build
-from rcl_fast.train.loop.training import start_training
-from rcl_fast.train.runtime.machine import choose_machine
-settings = config.parse(["--loss", "ce", "--device", "cpu", "--loader", "device"])
-machine = choose_machine(settings.run)
-splits = build.load(settings, print)
-training = start_training(settings, splits, machine)
-loader = build.training_loader(settings, splits, machine, print)
-for _ in range(2):
-    weight = training.model.classifier.weight.clone()
-    an_epoch(training, loader)
-    assert training.progress.steps == loader.steps_per_epoch
-    assert not weight.equal(training.model.classifier.weight)
-"""
-
-
 def test_each_timed_epoch_is_a_whole_one() -> None:
     """An epoch under way goes on where it was: what is timed must not be the rest of the one before."""
-    subprocess.run([sys.executable, "-c", TWO_EPOCHS, str(ROOT)], check=True, timeout=300)
+    settings = config.parse(["--loss", "ce", "--device", "cpu", "--loader", "device"])
+    machine = choose_machine(settings.run)
+    splits = build.load(settings, print)
+    training = start_training(settings, splits, machine)
+    loader = build.training_loader(settings, splits, machine, print)
+    for _ in range(2):
+        weight = training.model.classifier.weight.clone()
+        an_epoch(training, loader)
+        assert training.progress is not None
+        assert training.progress.steps == loader.steps_per_epoch
+        assert not weight.equal(training.model.classifier.weight)

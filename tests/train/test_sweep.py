@@ -127,6 +127,7 @@ def work(study: Path, hangs: bool) -> None:
 def test_workers_share_a_study_and_a_killed_ones_trial_is_taken_up(tmp_path: Path) -> None:
     study = tmp_path / "study.log"
     clean = multiprocessing.get_context("forkserver")  # a fork of this process would inherit its threads' locks
+    clean.set_forkserver_preload(["rcl_fast.train.sweep"])  # once for all: each would import it for seconds
     killed = clean.Process(target=work, args=(study, True))
     killed.start()
     hanging: list[Path] = []
