@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__":  # read when PyTorch loads: threads that wait for work then let others run
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import sys
 from collections.abc import Sequence
 

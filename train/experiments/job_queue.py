@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rcl_fast.provenance import describe
 from rcl_fast.train.experiments.rows import PROVENANCE
 from rcl_fast.train.runtime.files import write_text
+from rcl_fast.train.runtime.threads import usable_cpus
 
 LOG = "output.log"
 _POLL_SECONDS = 0.2
@@ -66,7 +67,7 @@ def slots(devices: Sequence[str] | None, jobs_per_device: int, devices_per_job: 
     """
     found = _devices() if devices is None else list(devices)
     if not found:
-        threads = max(1, (os.cpu_count() or 1) // jobs_per_device)
+        threads = max(1, usable_cpus() // jobs_per_device)
         return [{"OMP_NUM_THREADS": str(threads)} if jobs_per_device > 1 else {}] * jobs_per_device
     groups = [found[start : start + devices_per_job] for start in range(0, len(found), devices_per_job)]
     whole = [",".join(group) for group in groups if len(group) == devices_per_job]

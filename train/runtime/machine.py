@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rcl_fast.train.options import RunOptions
-from rcl_fast.train.runtime import distributed
+from rcl_fast.train.runtime import distributed, threads
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +39,8 @@ def choose_machine(options: RunOptions) -> Machine:
     """The machine of the options, under torchrun this process's; raises SystemExit for a device that is not there."""
     local_rank = distributed.local_rank()
     device = _device(options.device) if local_rank is None else _device_of_process(options.device, local_rank)
+    if device.type == "cpu":
+        threads.share_cpus()
     precision = _best_precision(device) if options.precision == "auto" else options.precision
     torch.backends.cudnn.benchmark = True  # every step has the same shapes: the search for fast convolutions pays
     return Machine(device, precision, torch.channels_last if options.channels_last else torch.contiguous_format)

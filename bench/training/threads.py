@@ -1,0 +1,88 @@
+"""Training on a CPU whose threads wait passively, or spin: on a quiet machine, and beside other busy processes.
+
+    python -m bench.training.threads --output bench/results/speed/cpu_threads.jsonl
+
+Each round runs every case once: `train/run.py` on the digits as users start it, with OMP_WAIT_POLICY as the case says. A
+case's figure is the images a second of an epoch, by metrics.jsonl; the first epoch warms up and does not count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from bench.rows import append, spread
+from rcl_fast.train import run
+
+
+class Case(NamedTuple):
+    policy: str  # of OpenMP's waiting threads
+    busy: int  # other processes, which spin
+
+
+@dataclass
+class Options:
+    """How much of it."""
+
+    rounds: int = 5
+    """Runs of each case."""
+    epochs: int = 4
+    """Of each run; all but the first count."""
+    busy: tuple[int, ...] = (0, 1)
+    """Other busy processes."""
+    output: Path | None = None
+    """File of JSON lines to append the rows to."""
+    dry_run: bool = False
+    """One short round; the rows say so."""
+
+
+def main(options: Options) -> None:
+    rounds, epochs = (1, 2) if options.dry_run else (options.rounds, options.epochs)
+    cases = [Case(policy, busy) for busy, policy in itertools.product(options.busy, ("PASSIVE", "ACTIVE"))]
+    speeds: dict[Case, list[float]] = {case: [] for case in cases}
+    for _ in range(rounds):
+        for case in cases:
+            with spinning(case.busy):
+                speeds[case] += images_per_second(case.policy, epochs)
+    for case, found in speeds.items():
+        figures = spread("images_per_second", found if len(found) > 1 else found * 2)
+        low, median, high = (figures[f"images_per_second{part}"] for part in ("_p20", "", "_p80"))
+        print(f"{case.busy} busy beside, {case.policy}: {median:,.0f} images/s ({low:,.0f} to {high:,.0f})")
+        append(options.output, [{**case._asdict(), "runs": rounds, **figures}], options.dry_run)
+
+
+def images_per_second(policy: str, epochs: int) -> list[float]:
+    """Of each epoch but the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--device", "cpu", "--epochs", str(epochs), "--output", folder]
+        environment = {**os.environ, "OMP_WAIT_POLICY": policy}
+        subprocess.run([sys.executable, run.__file__, *arguments], env=environment, check=True, capture_output=True)
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["images_per_second"] for line in lines[1:]]
+
+
+@contextmanager
+def spinning(count: int) -> Iterator[None]:
+    """So many processes that are busy and share nothing."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

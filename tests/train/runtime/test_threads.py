@@ -1,0 +1,115 @@
+"""How many threads a run takes, by affinity, quota, processes and OMP_NUM_THREADS; cgroups are files here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rcl_fast.train.runtime import threads
+from rcl_fast.train.runtime.threads import share_cpus, usable_cpus
+
+ROOT = Path(__file__).parents[3]
+
+
+def usable(tmp_path: Path, membership: str, **quotas: str) -> int:
+    """With these files below a cgroup folder; a name's __ is a slash."""
+    for name, text in quotas.items():
+        file = tmp_path / "cgroup" / name.replace("__", "/").replace("cpu_max", "cpu.max")
+        file = file.with_name(file.name.replace("cfs_", "cpu.cfs_"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (tmp_path / "membership").write_text(membership)
+    return usable_cpus(tmp_path / "cgroup", tmp_path / "membership")
+
+
+@pytest.fixture(autouse=True)
+def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+
+
+def test_the_affinity_without_cgroups(tmp_path: Path) -> None:
+    assert usable_cpus(tmp_path, tmp_path / "missing") == 16
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("400000 100000\n", 4),
+        ("max 100000\n", 16),
+        ("150000 100000\n", 1),
+        ("50000 100000\n", 1),
+        ("9900000 100000", 16),
+    ],
+)
+def test_version_2(tmp_path: Path, given: str, expected: int) -> None:
+    assert usable(tmp_path, "0::/\n", cpu_max=given) == expected
+
+
+def test_the_smallest_quota_on_the_way_up_counts(tmp_path: Path) -> None:
+    quotas = {"a__b__cpu_max": "800000 100000", "a__cpu_max": "300000 100000", "other__cpu_max": "100000 100000"}
+    assert usable(tmp_path, "0::/a/b\n", **quotas) == 3
+
+
+def test_version_1(tmp_path: Path) -> None:
+    files = {"cpu,cpuacct__job__cfs_quota_us": "600000", "cpu,cpuacct__job__cfs_period_us": "100000"}
+    assert usable(tmp_path, "5:memory:/job\n4:cpu,cpuacct:/job\n", **files) == 6
+    unlimited = {"cpu,cpuacct__job__cfs_quota_us": "-1\n", "cpu,cpuacct__job__cfs_period_us": "100000\n"}
+    assert usable(tmp_path, "4:cpu,cpuacct:/job\n", **unlimited) == 16
+
+
+@pytest.fixture
+def set_to(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What PyTorch is told, which has 8 threads here."""
+    told: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    return told
+
+
+@pytest.mark.parametrize(("cpus", "processes", "expected"), [(3, 1, [3]), (16, 1, []), (16, 4, [4]), (2, 4, [1])])
+def test_processes_share(
+    cpus: int, processes: int, expected: list[int], set_to: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: cpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    share_cpus()
+    assert set_to == expected
+
+
+def test_the_users_number_goes_first(set_to: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    share_cpus()
+    assert not set_to
+
+
+SAYS_ITS_POLICY = """
+import os, runpy, sys
+for name in ("torch", "tyro", "rich"):
+    sys.modules[name] = None  # the command ends at the first of them, after its first lines
+try:
+    runpy.run_path(sys.argv[1], run_name=sys.argv[2])
+except ImportError:
+    print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "second_stage", "sweep", "reproduce"])
+def test_a_command_waits_passively_and_an_import_changes_nothing(command: str) -> None:
+    file = ROOT / "train" / f"{command}.py"
+    for name, given, expected in (("__main__", {}, "PASSIVE"), ("__main__", {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        assert policy(file, name, given) == expected
+    assert policy(file, "imported", {}) == "None"
+
+
+def policy(file: Path, name: str, given: dict[str, str]) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    command = [sys.executable, "-c", SAYS_ITS_POLICY, str(file), name]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=300
+    ).stdout.strip()

@@ -1,0 +1,72 @@
+"""How many threads this process may keep busy: what its affinity and its container's quota allow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def usable_cpus(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
+    """The CPUs of this process's affinity, but no more than the quota of its cgroup or of one above it; at least 1.
+
+    Args:
+        cgroups, membership: where Linux shows them; elsewhere they are missing, and there is no quota.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([there, *(int(quota) for quota in _quotas(cgroups, membership))]))
+
+
+def share_cpus() -> None:
+    """Has PyTorch use as many threads as `usable_cpus`, shared by this machine's processes; OMP_NUM_THREADS goes first.
+
+    PyTorch's own number knows the affinity and the cores, so it is only ever made smaller.
+    """
+    if "OMP_NUM_THREADS" in os.environ:  # torchrun sets it, too
+        return
+    allowed = max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if allowed < torch.get_num_threads():
+        torch.set_num_threads(allowed)
+
+
+def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
+    """In CPUs, of this process's cgroup and those above it, by either version of cgroups."""
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            yield from _quotas_above(cgroups, path, _unified)
+        elif "cpu" in controllers.split(","):
+            for folder in (controllers, "cpu"):
+                yield from _quotas_above(cgroups / folder, path, _version_1)
+
+
+def _quotas_above(root: Path, path: str, read: Callable[[Path], tuple[int, int]]) -> Iterator[float]:
+    folder = root / path.lstrip("/")
+    for each in (folder, *folder.parents):
+        if each.is_relative_to(root):
+            try:
+                quota, period = read(each)
+            except (OSError, ValueError):  # no such file, or "max": no quota
+                continue
+            if quota > 0:
+                yield quota / period
+
+
+def _unified(folder: Path) -> tuple[int, int]:
+    quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+    return int(quota), int(period)
+
+
+def _version_1(folder: Path) -> tuple[int, int]:
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    quota, period = ((folder / name).read_text(encoding="utf-8") for name in names)
+    return int(quota), int(period)
