@@ -2,8 +2,8 @@
 
     python -m bench.training.threads --output bench/results/speed/cpu_threads.jsonl
 
-Each round runs every case once: `train/run.py` on the digits as users start it, with OMP_WAIT_POLICY as the case says. A
-case's figure is the images a second of an epoch, by metrics.jsonl; the first epoch warms up and does not count.
+Each round runs every case once: `train/run.py` on the digits as users start it, with OMP_WAIT_POLICY as the case says.
+A figure is the images a second of an epoch, by metrics.jsonl; the first epoch warms up and does not count.
 """
 
 from __future__ import annotations
