@@ -8,7 +8,7 @@ UV := uv==0.13.9
 train: .venv/installed
 	$(BIN)/python train/run.py $(ARGS)
 
-# Two files at a time, as a file's tests share what they made, and in their order: the longest are not the last.
+# Two files at a time, as a file's tests share what they made; the longest first (tests/conftest.py).
 # ARGS="-n 0" for one at a time, and for a debugger.
 test: .venv/installed check types
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)

@@ -1,4 +1,4 @@
-"""Shared by all tests: few threads, so that parallel runs and small machines behave alike."""
+"""Shared by all tests: few threads and no limit of time, so that parallel runs and busy machines behave alike."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ import sys
 # Threads that wait for work let those run that have some. PyTorch's read it when they are loaded; children inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,3 +17,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(2)
+
+# An example that takes long says that the machine is busy, not that the code is wrong.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
+
+# Minutes each: a file is one process's, so the other process has the rest meanwhile, if these come first.
+LONGEST = ("train/jobs/test_train.py", "train/test_together.py", "train/loop/test_cuda_graph.py", "faults/test_kill.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others keep their order."""
+    items.sort(key=lambda item: next((n for n, end in enumerate(LONGEST) if item.path.match(end)), len(LONGEST)))

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ def call(tmp_path: Path) -> gpu.Call:
 
 def python(code: str) -> gpu.Command:
     return gpu.Command([sys.executable, "-c", code])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Raises AssertionError after five minutes."""
+    ends = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < ends, "it did not come in five minutes"
+        time.sleep(0.05)
 
 
 def part(*codes: str, seconds: int = 60, **more: Any) -> gpu.Part:
@@ -88,16 +97,33 @@ def test_parts_that_passed_exit_with_0(machine: Path, monkeypatch: pytest.Monkey
     assert gpu.main([str(machine), "a+b", "--dry-run"]) == 0
 
 
-def test_a_part_that_runs_out_of_time_is_late_and_what_it_started_is_gone(call: gpu.Call, tmp_path: Path) -> None:
+def test_a_part_that_runs_out_of_time_is_late_and_what_it_started_is_gone(
+    call: gpu.Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     child = tmp_path / "child"
     sleeping = "subprocess.Popen(['sleep', '600']).pid"
     code = (
-        f"import pathlib, subprocess, time; pathlib.Path({str(child)!r}).write_text(str({sleeping})); time.sleep(600)"
+        f"import pathlib, subprocess, time; child = pathlib.Path({str(child)!r}); new = child.with_suffix('.new'); "
+        f"new.write_text(str({sleeping})); new.rename(child); time.sleep(600)"
     )
+    wait = gpu.subprocess.Popen.wait
+
+    def wait_from_its_start(self: gpu.subprocess.Popen, timeout: float | None = None) -> int:
+        wait_for(child.exists)  # a busy machine may take longer to start it than it is given
+        return wait(self, timeout)
+
+    monkeypatch.setattr(gpu.subprocess.Popen, "wait", wait_from_its_start)
     status = gpu.follow(part(code, "pass").commands(call), time.monotonic() + 12)
-    assert status == "late: stopped after 12 s"
+    assert status in ("late: stopped after 12 s", "late: stopped after 11 s")
     process = Path("/proc") / child.read_text() / "status"
-    assert not process.exists() or "State:\tZ" in process.read_text()  # ended, and nobody has asked for its status
+
+    def has_ended() -> bool:
+        try:
+            return "State:\tZ" in process.read_text()  # ended, and nobody has asked for its status
+        except OSError:
+            return True
+
+    wait_for(has_ended)  # it was killed, which takes until it has its turn
 
 
 def test_a_part_without_time_or_packages_is_not_started(
@@ -124,7 +150,7 @@ def test_a_part_takes_no_more_than_is_left_of_the_budget(call: gpu.Call, monkeyp
 def test_later_commands_of_a_part_run_after_one_that_failed(call: gpu.Call, tmp_path: Path) -> None:
     second = tmp_path / "second"
     commands = part("raise SystemExit(3)", f"open({str(second)!r}, 'w')").commands(call)
-    assert gpu.follow(commands, time.monotonic() + 60) == "red: exit status 3"
+    assert gpu.follow(commands, time.monotonic() + 600) == "red: exit status 3"
     assert second.exists()
 
 
@@ -196,10 +222,9 @@ def test_a_call_that_is_stopped_ends_what_runs_and_keeps_its_row(
 
     def interrupted(self: gpu.subprocess.Popen, timeout: float | None = None) -> int:
         if timeout is not None and timeout > 100:
-            while not started.exists():
-                time.sleep(0.05)
+            wait_for(started.exists)
             raise KeyboardInterrupt  # as SIGTERM raises it in main
-        return wait(self, timeout)
+        return wait(self, None if timeout is None else 300)  # the seconds of grace are few on a busy machine
 
     monkeypatch.setattr(gpu.subprocess.Popen, "wait", interrupted)
     assert gpu.main([str(machine), "long+next", "--dry-run"]) == 1

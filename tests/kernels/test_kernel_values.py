@@ -265,7 +265,11 @@ def test_jacobian_is_that_of_central_differences(
         torch.testing.assert_close(found, expected, rtol=0, atol=rounding + 1e-8)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_generated_shapes_and_classes(data: st.DataObject, tiny_tiles: Tiles, device: torch.device) -> None:
     C = data.draw(st.integers(1, 40), label="C")

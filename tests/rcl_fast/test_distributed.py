@@ -101,7 +101,7 @@ def test_loss_and_gradients_are_those_of_one_process(
     assert_equals_one_process(processes, case, SIZES[world], backend=backend, reduction=reduction)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=MOST),
     dimensions=st.integers(1, 20),

@@ -48,7 +48,7 @@ def test_every_combination_equals_the_reference(
     assert_same(ours, oracle)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(0, 40),
     dimensions=st.integers(1, 33),

@@ -559,16 +559,16 @@ def test_a_signal_lets_the_jobs_save_themselves(tmp_path: Path) -> None:
     saves = (
         "import pathlib, signal, sys, time; folder = pathlib.Path({!r})\n"
         "def save(*_): (folder / 'saved').touch(); sys.exit(75)\n"
-        "signal.signal(signal.SIGTERM, save); (folder / 'ready').touch(); time.sleep(60)"
+        "signal.signal(signal.SIGTERM, save); (folder / 'ready').touch(); time.sleep(600)"
     )
     folder = tmp_path / "run"
 
     def stop_when_ready() -> None:
         while not (folder / "ready").exists():
-            pass
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=stop_when_ready).start()
+    threading.Thread(target=stop_when_ready, daemon=True).start()
     with pytest.raises(job_queue.Stopped, match="SIGINT"):
         job_queue.run_all([job(folder, saves.format(str(folder)))] * 2, [{}], quiet()[0])
     assert (folder / "saved").exists()
@@ -577,17 +577,21 @@ def test_a_signal_lets_the_jobs_save_themselves(tmp_path: Path) -> None:
 def test_two_calls_do_not_train_one_run_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     meanwhile: list[job_queue.Failure] = []
-    code = f"import pathlib, time; pathlib.Path({str(folder / 'ready')!r}).touch(); time.sleep(2)"
+    wait = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
+    asked = tmp_path / "asked"
+    code = f"import pathlib; pathlib.Path({str(folder / 'ready')!r}).touch()\n{wait.format(str(asked))}"
 
     class WhileItRuns(Console):
         """Asks a second queue for the same folder when the first one's second job has ended."""
 
         def print(self, *_: Any, **__: Any) -> None:
-            meanwhile.extend(job_queue.run_all([job(folder, "")], [{}], quiet()[0]))
+            if not asked.exists():
+                meanwhile.extend(job_queue.run_all([job(folder, "")], [{}], quiet()[0]))
+                asked.touch()
 
-    wait = f"import pathlib\nwhile not pathlib.Path({str(folder / 'ready')!r}).exists(): pass"
     console = WhileItRuns(file=StringIO())
-    job_queue.run_all([job(folder, code), job(tmp_path / "other", wait)], [{}, {}], console)
+    other = job(tmp_path / "other", wait.format(str(folder / "ready")))
+    assert job_queue.run_all([job(folder, code), other], [{}, {}], console) == []
     assert "another process is at it" in meanwhile[0].why
 
 
