@@ -2,7 +2,7 @@
 
     python -m bench.training.threads --output bench/results/speed/cpu_threads.jsonl
 
-Each round runs every case once: `train/run.py` on the digits as users start it, with OMP_WAIT_POLICY as the case says.
+Each round runs every case once: the trainer on the digits, with OMP_WAIT_POLICY as the case says.
 A figure is the images a second of an epoch, by metrics.jsonl; the first epoch warms up and does not count.
 """
 
@@ -18,16 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import tyro
 
 from bench.rows import append, spread
-from rcl_fast.train import run
 
 
 class Case(NamedTuple):
-    policy: str  # of OpenMP's waiting threads
+    policy: str  # OMP_WAIT_POLICY; "default": not set
     busy: int  # other processes, which spin
 
 
@@ -39,7 +38,9 @@ class Options:
     """Runs of each case."""
     epochs: int = 4
     """Of each run; all but the first count."""
-    busy: tuple[int, ...] = (0, 1)
+    policies: tuple[Literal["default", "PASSIVE", "ACTIVE"], ...] = ("default", "PASSIVE")
+    """What OMP_WAIT_POLICY is; default: not set."""
+    busy: tuple[int, ...] = (0, 1, 2)
     """Other busy processes."""
     output: Path | None = None
     """File of JSON lines to append the rows to."""
@@ -49,7 +50,7 @@ class Options:
 
 def main(options: Options) -> None:
     rounds, epochs = (1, 2) if options.dry_run else (options.rounds, options.epochs)
-    cases = [Case(policy, busy) for busy, policy in itertools.product(options.busy, ("PASSIVE", "ACTIVE"))]
+    cases = [Case(policy, busy) for busy, policy in itertools.product(options.busy, options.policies)]
     speeds: dict[Case, list[float]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
@@ -66,8 +67,12 @@ def images_per_second(policy: str, epochs: int) -> list[float]:
     """Of each epoch but the first."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--device", "cpu", "--epochs", str(epochs), "--output", folder]
-        environment = {**os.environ, "OMP_WAIT_POLICY": policy}
-        subprocess.run([sys.executable, run.__file__, *arguments], env=environment, check=True, capture_output=True)
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        if policy != "default":
+            environment["OMP_WAIT_POLICY"] = policy
+        # By name: as a file, the command sets the policy itself.
+        command = [sys.executable, "-c", "from rcl_fast.train import run; run.main()", *arguments]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["images_per_second"] for line in lines[1:]]
 
