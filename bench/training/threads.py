@@ -2,7 +2,7 @@
 
     python -m bench.training.threads --output bench/results/speed/cpu_threads.jsonl
 
-Each round runs every case once: the trainer on the digits, with OMP_WAIT_POLICY as the case says.
+Each round runs every case once: the trainer on the digits, with its threads waiting as the case says.
 A figure is the images a second of an epoch, by metrics.jsonl; the first epoch warms up and does not count.
 """
 
@@ -24,10 +24,17 @@ import tyro
 
 from bench.rows import append, spread
 
+Beside = Literal["python", "pytorch"]
+BUSY: dict[Beside, str] = {
+    "python": "while True: pass",
+    "pytorch": "import torch\na = torch.randn(256, 256)\nwhile True: a = (a @ a).clamp(0, 1)",  # its threads wait, and spin
+}
+
 
 class Case(NamedTuple):
-    policy: str  # OMP_WAIT_POLICY; "default": not set
-    busy: int  # other processes, which spin
+    policy: str  # a variable of the environment that OpenMP reads; "default": none
+    busy: int  # other processes, which never wait
+    beside: Beside
 
 
 @dataclass
@@ -38,10 +45,12 @@ class Options:
     """Runs of each case."""
     epochs: int = 4
     """Of each run; all but the first count."""
-    policies: tuple[Literal["default", "PASSIVE", "ACTIVE"], ...] = ("default", "PASSIVE")
-    """What OMP_WAIT_POLICY is; default: not set."""
-    busy: tuple[int, ...] = (0, 1, 2)
+    policies: tuple[str, ...] = ("default", "OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=10000")
+    """What is set for OpenMP; default: nothing."""
+    busy: tuple[int, ...] = (0, 1)
     """Other busy processes."""
+    beside: Beside = "pytorch"
+    """What these run: a loop of Python, or products of PyTorch, whose threads wait as OpenMP does by default."""
     output: Path | None = None
     """File of JSON lines to append the rows to."""
     dry_run: bool = False
@@ -50,11 +59,11 @@ class Options:
 
 def main(options: Options) -> None:
     rounds, epochs = (1, 2) if options.dry_run else (options.rounds, options.epochs)
-    cases = [Case(policy, busy) for busy, policy in itertools.product(options.busy, options.policies)]
+    cases = [Case(policy, busy, options.beside) for busy, policy in itertools.product(options.busy, options.policies)]
     speeds: dict[Case, list[float]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
-            with spinning(case.busy):
+            with busy_processes(case.busy, case.beside):
                 speeds[case] += images_per_second(case.policy, epochs)
     for case, found in speeds.items():
         figures = spread("images_per_second", found if len(found) > 1 else found * 2)
@@ -67,9 +76,7 @@ def images_per_second(policy: str, epochs: int) -> list[float]:
     """Of each epoch but the first."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--device", "cpu", "--epochs", str(epochs), "--output", folder]
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        if policy != "default":
-            environment["OMP_WAIT_POLICY"] = policy
+        environment = without_policy() | ({} if policy == "default" else dict([policy.split("=")]))
         # By name: as a file, the command sets the policy itself.
         command = [sys.executable, "-c", "from rcl_fast.train import run; run.main()", *arguments]
         subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -77,10 +84,16 @@ def images_per_second(policy: str, epochs: int) -> list[float]:
     return [json.loads(line)["images_per_second"] for line in lines[1:]]
 
 
+def without_policy() -> dict[str, str]:
+    """The environment, with OpenMP's own way to wait."""
+    return {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+
+
 @contextmanager
-def spinning(count: int) -> Iterator[None]:
-    """So many processes that are busy and share nothing."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+def busy_processes(count: int, beside: Beside) -> Iterator[None]:
+    """So many processes that share nothing with the run."""
+    command = [sys.executable, "-c", BUSY[beside]]
+    processes = [subprocess.Popen(command, env=without_policy()) for _ in range(count)]
     try:
         yield
     finally:
