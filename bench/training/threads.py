@@ -27,7 +27,7 @@ from bench.rows import append, spread
 Beside = Literal["python", "pytorch"]
 BUSY: dict[Beside, str] = {
     "python": "while True: pass",
-    "pytorch": "import torch\na = torch.randn(256, 256)\nwhile True: a = (a @ a).clamp(0, 1)",  # its threads wait, and spin
+    "pytorch": "import torch\na = torch.randn(256, 256)\nwhile True: a = (a @ a).clamp(0, 1)",  # its threads spin
 }
 
 
