@@ -50,15 +50,14 @@ def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
 
 
 def _quotas_above(root: Path, path: str, read: Callable[[Path], tuple[int, int]]) -> Iterator[float]:
-    folder = root / path.lstrip("/")
-    for each in (folder, *folder.parents):
-        if each.is_relative_to(root):
-            try:
-                quota, period = read(each)
-            except (OSError, ValueError):  # no such file, or "max": no quota
-                continue
-            if quota > 0:
-                yield quota / period
+    own = root / path.lstrip("/")
+    for folder in (own, *own.parents[: len(own.relative_to(root).parts)]):
+        try:
+            quota, period = read(folder)
+        except (OSError, ValueError):  # no such file, or "max": no quota
+            continue
+        if quota > 0:
+            yield quota / period
 
 
 def _unified(folder: Path) -> tuple[int, int]:
