@@ -55,6 +55,7 @@ def training_kinds(options: ViewOptions, contrastive: bool) -> tuple[ViewKind, .
 
 
 Dataset = Literal["digits_lt", "cifar10_lt", "cifar100_lt", "imagenet_lt", "places_lt", "inaturalist18", "folder"]
+LoaderName = Literal["auto", "dali", "torchvision", "device"]
 Loss = Literal["ce", "balanced_softmax", "logit_adjusted", "cb_focal", "ldam_drw", "scl", "bcl", "scl_rcl", "bcl_rcl"]
 
 
@@ -74,7 +75,7 @@ class DataOptions:
     """Share of the training images held out for validation, where the data set has no validation set of its own."""
     validate_on: Literal["validation", "test"] = "validation"
     """Where the best epoch is selected. "test" holds nothing out and repeats what the literature does."""
-    loader: Literal["auto", "dali", "torchvision", "device"] = "auto"
+    loader: LoaderName = "auto"
     """What decodes and augments: dali (files or pixels, on GPU or CPU), torchvision (Pillow, in worker processes, the
     reference), device (small data sets, held and augmented in whole batches on the training device). auto: device
     for digits_lt and CIFAR; for files dali on a GPU, where it is installed, else torchvision."""

@@ -35,12 +35,12 @@ from rcl_fast.train import config
 from rcl_fast.train.data.datasets import Splits, load_splits
 from rcl_fast.train.data.samples import Samples, take
 from rcl_fast.train.loaders.base import Loader, Reading, training_reading
-from rcl_fast.train.loaders.build import LoaderName, has_dali, make_loader
+from rcl_fast.train.loaders.build import has_dali, make_loader
 from rcl_fast.train.loaders.synthetic import SyntheticLoader
 from rcl_fast.train.loop import engine
 from rcl_fast.train.loop.step import Step
 from rcl_fast.train.loop.training import Training, start_training
-from rcl_fast.train.options import Config, training_kinds
+from rcl_fast.train.options import Config, LoaderName, training_kinds
 from rcl_fast.train.runtime.machine import choose_machine
 
 CPU = torch.device("cpu")

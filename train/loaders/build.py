@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,12 +25,11 @@ from rcl_fast.train.loaders.base import (
 from rcl_fast.train.loaders.device import DeviceLoader
 from rcl_fast.train.loaders.synthetic import SyntheticLoader
 from rcl_fast.train.loaders.torchvision import TorchvisionLoader
-from rcl_fast.train.options import Config, training_kinds
+from rcl_fast.train.options import Config, LoaderName, training_kinds
 from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.machine import Machine
 from rcl_fast.train.views.params import plan
 
-LoaderName = Literal["auto", "dali", "torchvision", "device"]
 Say = Callable[[str], None]
 
 _EVALUATED_TOGETHER = 8  # training batches, of small images on a GPU: they keep nothing, and would not fill it

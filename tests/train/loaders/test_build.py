@@ -8,8 +8,8 @@ import torch
 from rcl_fast.train.data.samples import Samples
 from rcl_fast.train.loaders import build
 from rcl_fast.train.loaders.base import Reading, training_reading
-from rcl_fast.train.loaders.build import LoaderName, choose, make_loader
-from rcl_fast.train.options import ViewOptions
+from rcl_fast.train.loaders.build import choose, make_loader
+from rcl_fast.train.options import LoaderName, ViewOptions
 
 OPTIONS = ViewOptions(16, (0, 0, 0), (1, 1, 1), x1="randaugment", x2="sim", x3="sim", evaluation="as_is")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

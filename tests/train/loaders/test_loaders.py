@@ -21,8 +21,8 @@ from rcl_fast.train.loaders.base import (
     state,
     training_reading,
 )
-from rcl_fast.train.loaders.build import LoaderName, make_loader
-from rcl_fast.train.options import ViewKind, ViewOptions
+from rcl_fast.train.loaders.build import make_loader
+from rcl_fast.train.options import LoaderName, ViewKind, ViewOptions
 
 pytest.importorskip("nvidia.dali")
 
