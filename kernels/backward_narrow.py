@@ -93,10 +93,7 @@ def gradient_parts(
         K=K,
         AVERAGE=average,
         BOUNDED=bounded,
-        ROWS=config.rows,
-        KEYS=config.keys,
-        DEPTH=config.depth,
-        PRECISION=block_sizes.precision(kind),
+        **config.constants(kind),
         **config.options,
     )
     return parts

@@ -100,10 +100,7 @@ def gradient_chunks(
             K=K,
             AVERAGE=average,
             BOUNDED=bounded,
-            ROWS=config.rows,
-            KEYS=config.keys,
-            DEPTH=config.depth,
-            PRECISION=block_sizes.precision(kind),
+            **config.constants(kind),
             **config.options,
         )
         yield start, _float32_product(workspace[: end - start, :key_end], keys[:key_end])

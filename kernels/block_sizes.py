@@ -33,6 +33,11 @@ class Config(NamedTuple):
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
+    def constants(self, kind: str) -> dict[str, int | str]:
+        """The kernel's compile-time arguments that say how a tile is computed, for this kind of product."""
+        precision = "tf32" if kind == "tf32" else "ieee"  # 16-bit products have one way only
+        return {"ROWS": self.rows, "KEYS": self.keys, "DEPTH": self.depth, "PRECISION": precision}
+
 
 # What a product multiplies: 16-bit numbers, float32 through TF32, float32 exactly.
 KINDS = ("half", "tf32", "ieee")
@@ -97,11 +102,6 @@ def split(arch: int, row_blocks: int, tiles: int) -> tuple[int, int]:
     wanted = max(1, PROGRAMS[arch] // row_blocks)
     tiles_per_split = max(1, triton.cdiv(tiles, wanted))
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
-
-
-def precision(kind: str) -> str:
-    """`tl.dot`'s name for this kind of product; 16-bit ones have one way only."""
-    return "tf32" if kind == "tf32" else "ieee"
 
 
 def packed_width(D: int) -> int:

@@ -94,10 +94,7 @@ def partial_sums(packed: Packed, rows: int, class_average: bool, bounded: bool) 
         K=K,
         AVERAGE=class_average,
         BOUNDED=bounded,
-        ROWS=config.rows,
-        KEYS=config.keys,
-        DEPTH=config.depth,
-        PRECISION=block_sizes.precision(kind),
+        **config.constants(kind),
         **config.options,
     )
     return partials

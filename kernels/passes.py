@@ -13,7 +13,6 @@ from rcl_fast.kernels import block_sizes
 from rcl_fast.kernels.backward_narrow import gradient_parts
 from rcl_fast.kernels.backward_norm import project
 from rcl_fast.kernels.backward_wide import gradient_chunks
-from rcl_fast.kernels.block_sizes import is_bounded, must_pack, packed_width
 from rcl_fast.kernels.forward import partial_sums
 from rcl_fast.kernels.forward_combine import combine
 from rcl_fast.kernels.pack import Packed, pack
@@ -56,10 +55,14 @@ def forward(
     packed = pack(
         features, prototypes, labels, class_counts, compression, num_classes, temperature, class_average, normalize
     )
-    bounded = is_bounded(temperature, normalize, compression is not None)
+    bounded = block_sizes.is_bounded(temperature, normalize, compression is not None)
     partials = partial_sums(packed, rows, class_average, bounded)
     loss, lse = combine(partials, packed.vectors, class_average)
-    keys = packed.keys if must_pack(features, prototypes) else features.new_empty(0, packed_width(features.shape[1]))
+    keys = (
+        packed.keys
+        if block_sizes.must_pack(features, prototypes)
+        else features.new_empty(0, block_sizes.packed_width(features.shape[1]))
+    )
     return loss, lse, keys, packed.vectors, packed.labels
 
 
@@ -67,7 +70,9 @@ def _of_no_anchors(features: Tensor, prototypes: Tensor | None) -> tuple[Tensor,
     """What `forward` returns where no loss is asked for: nothing is launched."""
     M = len(features) + (0 if prototypes is None else len(prototypes))
     none, vectors = (torch.zeros(*shape, dtype=torch.float32, device=features.device) for shape in ((0,), (3, M)))
-    keys = features.new_zeros(M if must_pack(features, prototypes) else 0, packed_width(features.shape[1]))
+    keys = features.new_zeros(
+        M if block_sizes.must_pack(features, prototypes) else 0, block_sizes.packed_width(features.shape[1])
+    )
     return none, none.clone(), keys, vectors, torch.zeros(M, dtype=torch.int32, device=features.device)
 
 
@@ -89,7 +94,8 @@ def backward(
     """Gradients of the raw features [rows, D] and prototypes [C, D], each only where it is wanted.
 
     keys [M, K] as packed by `forward`, or the features; lse and upstream [N], the latter with any stride; bounded as
-    `is_bounded` says. rows: of the first so many features, and of the prototypes by these anchors' losses; None: all.
+    `block_sizes.is_bounded` says. rows: of the first so many features, and of the prototypes by these anchors' losses;
+    None: all.
     """
     N, M = len(lse), len(keys)
     rows = N if rows is None else rows

@@ -150,11 +150,8 @@ def constants(case: Case) -> dict[str, Any]:
         "PACK": True,
         "BOUNDED": case.bounded,
         "SCALED": case.dtype == "fp16",
-        "ROWS": case.config.rows,
-        "KEYS": case.config.keys,
         "LABELS": 128,
-        "DEPTH": case.config.depth,
-        "PRECISION": "tf32" if case.kind == "tf32" else "ieee",
+        **case.config.constants(case.kind),
     }
     return {name: value for name, value in everything.items() if name in KERNELS[case.kernel].arg_names}
 

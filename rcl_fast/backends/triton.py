@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rcl_fast.batch import ContrastiveBatch
-from rcl_fast.kernels import passes
+from rcl_fast.kernels import block_sizes, passes
 
 
 def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
@@ -42,7 +42,7 @@ def forward_rows(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tu
     """
     arguments = _arguments(batch)
     losses, lse, keys, vectors, key_labels = passes.forward(*arguments, rows=rows)
-    if not passes.must_pack(*arguments[:2]):
+    if not block_sizes.must_pack(*arguments[:2]):
         keys = arguments[0]
     return losses, lse, (keys, vectors, key_labels)
 
@@ -54,7 +54,7 @@ def backward_rows(
 
     lse and upstream g are of all anchors, [N] each.
     """
-    bounded = passes.is_bounded(batch.temperature, batch.normalize, batch.compression is not None)
+    bounded = block_sizes.is_bounded(batch.temperature, batch.normalize, batch.compression is not None)
     for_features, for_prototypes = passes.backward(
         *saved, lse, upstream, batch.features.shape[1], batch.class_average, batch.normalize, bounded,
         True, batch.prototypes is not None, rows=rows,
@@ -160,11 +160,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, D = features.shape
     M = N + (0 if prototypes is None else prototypes.shape[0])
-    rows = M if passes.must_pack(features, prototypes) else 0
+    rows = M if block_sizes.must_pack(features, prototypes) else 0
     return (
         features.new_empty(N, dtype=torch.float32),
         features.new_empty(N, dtype=torch.float32),
-        features.new_empty(rows, passes.packed_width(D)),
+        features.new_empty(rows, block_sizes.packed_width(D)),
         features.new_empty(3, M, dtype=torch.float32),
         labels.new_empty(M, dtype=torch.int32),
     )
@@ -226,10 +226,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Non
     """Keep what `passes.backward` reads; the features only where they are the keys."""
     features, prototypes, _, _, compression, _, temperature, class_average, normalize = inputs
     _, lse, keys, vectors, key_labels = outputs
-    if not passes.must_pack(features, prototypes):
+    if not block_sizes.must_pack(features, prototypes):
         keys = features
     ctx.save_for_backward(keys, vectors, key_labels, lse)
-    bounded = passes.is_bounded(temperature, normalize, compression is not None)
+    bounded = block_sizes.is_bounded(temperature, normalize, compression is not None)
     ctx.options = (features.shape[1], class_average, normalize, bounded)
 
 
