@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -49,8 +50,11 @@ def _own_first(n: int, sizes: list[int], part: int) -> Tensor:
 
 
 @pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("sizes", [[50], [33, 17], [1, 0, 49]], ids=str)
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [*product(PRESETS, [[33, 17], [1, 0, 49]]), ("bcl_rcl", [50])],  # the rest of a whole is test_kernel_values.py's
+    ids=str,
+)
 def test_parts_make_the_whole(
     preset: str, sizes: list[int], register_width: int, tiny_tiles: Callable[..., None], device: torch.device
 ) -> None:

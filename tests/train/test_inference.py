@@ -16,19 +16,23 @@ from rcl_fast.train.jobs import train
 from rcl_fast.train.jobs.second_stage import Options, second_stage
 from rcl_fast.train.loaders import build
 from rcl_fast.train.options import Config
+from rcl_fast.train.report import results
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
-    """Of cross-entropy, for a second stage; in fp32 as `load_run` is."""
+    """Of cross-entropy, for a second stage; in fp32 as `load_run` is; without a report."""
     settings = parse(
         ["--loss", "ce", "--epochs", "12", "--device", "cpu", "--output", str(tmp_path_factory.mktemp("runs") / "run")]
     )
-    return train.run(settings), settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "write_report", lambda *_: None)
+        return train.run(settings), settings
 
 
+@pytest.mark.usefixtures("without_reports")
 @pytest.mark.parametrize("stage", [None, "tau_norm"])
 def test_images_are_classified_as_the_run_was_tested(finished: tuple[Path, Config], stage: str | None) -> None:
     folder, settings = finished

@@ -183,8 +183,8 @@ def test_what_can_not_be_is_said_before_anything_runs(tmp_path: Path, arguments:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_real_sweep_of_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "write_report", lambda *_: None)
+@pytest.mark.usefixtures("without_reports")
+def test_a_real_sweep_of_the_digits(tmp_path: Path) -> None:
     study = tmp_path / "study.log"
     start(study, "tau=0,1", "--", "--epochs", "1", "--workers", "0", "--loss", "logit_adjusted")
     taus = []

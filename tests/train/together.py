@@ -6,7 +6,6 @@ The processes are forked from this one, which has imported everything and run no
 import dataclasses
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +29,11 @@ from rcl_fast.train.runtime.machine import choose_machine
 
 WORLDS = (1, 2, 3)
 LOSSES = ("ce", "cb_focal", "ldam_drw", "scl", "bcl_rcl")
-SIZES = (48, 47, 20)  # of the batches of three steps, not all of them multiples of the number of processes
+SIZES = (24, 23, 10)  # of the batches of three steps, not all of them multiples of the number of processes
 
 
 def settings(*arguments: str) -> Config:
-    return parse(["--device", "cpu", "--loader", "device", "--batch-size", "48", "--lr", "0.05", *arguments])
+    return parse(["--device", "cpu", "--loader", "device", "--batch-size", "24", "--lr", "0.005", *arguments])
 
 
 def started(config: Config) -> tuple[Training, Splits]:
@@ -46,7 +45,7 @@ def started(config: Config) -> tuple[Training, Splits]:
 def batches(config: Config, splits: Splits) -> list[Batch]:
     """This process's slices of the same three batches, in the default dtype."""
     kinds = training_kinds(config.views, config.contrastive)
-    reading = training_reading(splits.train, kinds, config.views, seed=0, batch_size=48)
+    reading = training_reading(splits.train, kinds, config.views, seed=0, batch_size=24)
     found = []
     for size, batch in zip(SIZES, TorchvisionLoader(reading, workers=0).epoch(0), strict=False):
         mine = np.array_split(np.arange(size), distributed.world())[distributed.rank()]
@@ -121,11 +120,9 @@ def main(folder: Path) -> int:
 
 def run(folder: Path, world: int) -> list[int]:
     """All checks on so many processes; their exit statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that is free
     forks = [
-        multiprocessing.get_context("fork").Process(target=process, args=(folder, world, rank, port))
+        multiprocessing.get_context("fork").Process(target=process, args=(folder, world, rank, store.port))
         for rank in range(world)
     ]
     for fork in forks:
@@ -137,8 +134,9 @@ def run(folder: Path, world: int) -> list[int]:
 
 def process(folder: Path, world: int, rank: int, port: int) -> None:
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with distributed.joined(torch.device("cpu"), timeout_minutes=2):
+    # As under torchrun, whose agent keeps the store.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with distributed.joined(torch.device("cpu"), timeout_minutes=30):
         found = {name: check() for name, check in CHECKS.items()}
     torch.save(found, folder / f"{world}-{rank}.pt")
 

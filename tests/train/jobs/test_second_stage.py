@@ -45,12 +45,6 @@ def test_scales_merge_into_one_classifier_of_the_same_directions() -> None:
     torch.testing.assert_close(cosines, torch.ones(4))
 
 
-@pytest.fixture
-def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than a few epochs."""
-    monkeypatch.setattr(results, "write_report", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs on the digits; reports take longer than that."""

@@ -25,7 +25,6 @@ from rcl_fast.train.loop.step import train_step
 from rcl_fast.train.loop.training import Training, start_training
 from rcl_fast.train.network.optimization import build_optimizer
 from rcl_fast.train.options import Config
-from rcl_fast.train.report import results
 from rcl_fast.train.rundir import checkpoints
 
 METRICS = {
@@ -63,8 +62,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
+    expected = weights(other)
     for name, tensor in weights(one).items():
-        assert torch.equal(tensor, weights(other)[name]), name
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,7 @@ def test_the_configuration_written_is_the_one_that_ran(finished: Path) -> None:
     assert saved["data"]["loader"] == "device"  # what "auto" was
 
 
+@pytest.mark.usefixtures("without_reports")
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(finished: Path, tmp_path: Path) -> None:
     again = train.run(configure(tmp_path / "again", "--epochs", "4"))
     assert_same_weights(finished, again)
@@ -144,19 +145,13 @@ def status(folder: Path) -> str:
     return json.loads((folder / "status.json").read_text())["status"]
 
 
-@pytest.fixture
-def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than a few epochs."""
-    monkeypatch.setattr(results, "write_report", lambda *_: None)
-
-
 def signal_before(name: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM before the engine calls that function of its own for the `call`-th time, from 0."""
     original, calls = getattr(engine, name), itertools.count()
 
     def signalled(*arguments: object, **options: object) -> object:
         if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # in this thread, so that it has come when this returns
         return original(*arguments, **options)
 
     monkeypatch.setattr(engine, name, signalled)
@@ -287,6 +282,7 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path: Path, mo
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 
+@pytest.mark.usefixtures("without_tsne")
 @pytest.mark.parametrize("interrupted", [checkpoints.LAST, checkpoints.BEST])
 def test_ctrl_c_while_a_checkpoint_is_written_reports_what_is_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
@@ -334,6 +330,7 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path: Path, monkeypatch: pyt
     ]
 
 
+@pytest.mark.usefixtures("without_tsne")
 def test_a_run_started_in_fp32_goes_on_in_fp16(tmp_path: Path) -> None:
     folder = train.run(configure(tmp_path / "run", "--epochs", "1"))
     train.run(parse(["--resume", str(folder), "--precision", "fp16"]))
@@ -366,6 +363,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_describes_the_batch(
     assert checkpoints.load(folder / checkpoints.LAST)["epoch"] == 1
 
 
+@pytest.mark.usefixtures("without_tsne")
 @pytest.mark.parametrize("loss", ["ce", "balanced_softmax", "logit_adjusted", "cb_focal", "ldam_drw", "scl", "scl_rcl"])
 def test_every_loss_trains(tmp_path: Path, loss: str) -> None:
     folder = train.run(configure(tmp_path / "run", "--epochs", "3", "--lr", "0.02", "--loss", loss))
@@ -438,6 +436,7 @@ def test_bad_images_are_left_out_when_asked(tmp_path: Path, loader: str, capsys:
     assert metrics(folder)["last_epoch"] == 2
 
 
+@pytest.mark.usefixtures("without_reports")
 def test_another_loader_does_not_go_on_with_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = train.run(configure(tmp_path / "run", "--epochs", "1"))
     with pytest.raises(SystemExit, match=r"--loader \(was device, now torchvision\)"):
@@ -447,11 +446,13 @@ def test_another_loader_does_not_go_on_with_a_run(tmp_path: Path, monkeypatch: p
         train.run(parse(["--resume", str(folder)]))
 
 
+@pytest.mark.usefixtures("without_tsne")
 def test_noise_instead_of_images(tmp_path: Path) -> None:
     folder = train.run(configure(tmp_path / "run", "--epochs", "1", "--synthetic-data"))
     assert metrics(folder)["waiting_for_data"] < 0.5
 
 
+@pytest.mark.usefixtures("without_reports")
 @pytest.mark.parametrize("loader", ["torchvision", "device", "dali"])
 def test_every_loader_trains_the_digits(tmp_path: Path, loader: str) -> None:
     """Well above chance (10 %) after twelve epochs, whoever makes the views."""

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,18 @@ def capture_without_a_gpu(recorded: list[Any]) -> Callable[..., Any]:
     return capture
 
 
+@pytest.fixture(scope="module")
+def step_by_step_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a loss's run without a graph, made once."""
+    return cache(lambda loss: train.run(settings(tmp_path_factory.mktemp("plain") / loss, "--loss", loss)))
+
+
+@pytest.mark.usefixtures("without_reports")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_of_whole_steps_is_the_run_step_by_step(
-    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loss: str, step_by_step_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = train.run(settings(tmp_path / "plain", "--loss", loss))
+    plain = step_by_step_run(loss)
     recorded: list[int] = []
     monkeypatch.setattr(cuda_graph, "capture", capture_without_a_gpu(recorded))
     monkeypatch.setattr(cuda_graph, "check", lambda *_: None)
@@ -87,8 +94,11 @@ def test_a_run_of_whole_steps_is_the_run_step_by_step(
     assert recorded == ([0, 2] if loss == "bcl_rcl" else [0])
 
 
-def test_a_stopped_run_of_whole_steps_goes_on_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = train.run(settings(tmp_path / "expected"))
+@pytest.mark.usefixtures("without_reports")
+def test_a_stopped_run_of_whole_steps_goes_on_step_by_step(
+    step_by_step_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = step_by_step_run("bcl_rcl")
     monkeypatch.setattr(cuda_graph, "capture", capture_without_a_gpu([]))
     monkeypatch.setattr(cuda_graph, "check", lambda *_: None)
     step = WholeStep.__call__
@@ -99,7 +109,7 @@ def test_a_stopped_run_of_whole_steps_goes_on_step_by_step(tmp_path: Path, monke
         return step(self, training, batch)
 
     monkeypatch.setattr(WholeStep, "__call__", interrupted)
-    folder = train.run(settings(tmp_path / "run", "--cuda-graph"))
+    folder = train.run(settings(tmp_path / "run", "--loss", "bcl_rcl", "--cuda-graph"))
     train.run(parse(["--resume", str(folder), "--no-cuda-graph"]))
     ours, theirs = (checkpoints.load(each / checkpoints.LAST)["model"] for each in (folder, expected))
     for name, tensor in theirs.items():

@@ -195,10 +195,21 @@ def test_a_whole_view_is_pillows() -> None:
 
 
 @pytest.mark.parametrize("kind", VIEW_KINDS)
-def test_shapes_that_do_not_depend_on_the_draws_give_the_same_bits(kind: ViewKind) -> None:
+def test_shapes_that_do_not_depend_on_the_draws_give_the_same_bits(
+    kind: ViewKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a GPU, torch.compile and CUDA graphs get, against what a CPU does with each operation's own views."""
     images = noise(48)
     arguments = (images, *view_of(kind, images), 32)
+    expected = augment(*arguments)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(augment(*arguments), expected)
+
+
+def test_all_operations_are_one_graph_of_the_same_bits() -> None:
+    """RandAugment's view has every operation; test_cuda_graph.py compiles the recipes' views."""
+    images = noise(48)
+    arguments = (images, *view_of("randaugment", images), 32)
     compiled = torch.compile(augment, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(*arguments), augment(*arguments))
 
