@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.9
+# Containers often set it; every process would then compile PyTorch's Python files anew, for 15 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: train test test-slow test-latest test-floor test-gpu-stack rehearse check types lock bench
 
