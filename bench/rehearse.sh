@@ -26,7 +26,7 @@ while [[ $# -gt 0 ]]; do
   shift 2
 done
 
-# The queue: a number, the parts, the seconds of their budget, and what travels beside the wheels and the commit.
+# The queue: a number, the parts, the seconds of their budget, and what travels beside the packages and the commit.
 queue=(
   "1 gate+speed+profile+captured 540 bcl.py supcontrast.py" # right, and fast
   "2 cifar1 345 cifar100_lt.tar"                            # the first real accuracy
@@ -63,7 +63,7 @@ for call in "${queue[@]}"; do
   export OUT=$work/out
   rm -rf "$OUT" "$work/scratch" build/travel
   mkdir "$OUT" build/travel
-  for thing in wheels commit $things; do cp -r "$travel/$thing" build/travel/ || failed+=("call $number: no $thing travels"); done
+  for thing in packages.tar.xz commit $things; do cp -r "$travel/$thing" build/travel/ || failed+=("call $number: no $thing travels"); done
   fits "MiB that travel, with 16 of runs or caches" $(($(du -sb --apparent-size . | cut -f1) / 2 ** 20 + 1 + 16)) "$travels_mb"
   began=$SECONDS
   env --unset RCL_COMMIT PYTHON="$python" SCRATCH="$work/scratch" bash -c "$command --dry-run" > "$work/log" 2>&1 ||

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fills a folder with what a rented GPU machine lacks, for TRAVEL=FOLDER bench/gpu.sh: the wheels of packages, images,
+# Fills a folder with what a rented GPU machine lacks, for TRAVEL=FOLDER bench/gpu.sh: packages, images,
 # published code to compare with, the commit. Each line says how large it is, for a machine takes only so much.
 #
 #   CIFAR100=DIR BCL=FILE SUPCONTRAST=FILE bench/travel.sh FOLDER
@@ -18,17 +18,16 @@ PYTHON=${PYTHON:-$root/.venv/bin/python}
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 
-# Exactly those that bench/gpu_stack.txt lacks, as the lock has them.
-mkdir -p "$folder/wheels"
-rm -f "$folder"/wheels/*
-wheels() { # FOLDER FILE: those that the file names
-  "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$1" --requirement "$2" \
-    --python-version "${PLATFORM:-3.12}" --implementation cp --platform manylinux2014_x86_64 \
-    --platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64
-}
-grep -E '^(tyro|typeguard|docstring-parser|plotly)==' "$root/requirements.lock" > "$folder/wheels/names"
-wheels "$folder/wheels" "$folder/wheels/names"
-[[ -z ${DALI:-} ]] || wheels "$DALI" "$root/bench/dali_wheels.txt"
+# For another machine's Python, without what they need: pip would want PyTorch too.
+there=(--quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version "${PLATFORM:-3.12}"
+  --implementation cp --platform manylinux2014_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64)
+# Exactly those that bench/gpu_stack.txt lacks, as the lock has them; unpacked, for a wheel of plotly is twice as large.
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+"$PYTHON" -m pip install "${there[@]}" --no-compile --root-user-action ignore --target "$site" \
+  $(grep -E '^(tyro|typeguard|docstring-parser|plotly)==' "$root/requirements.lock")
+tar -cJf "$folder/packages.tar.xz" -C "$site" .
+[[ -z ${DALI:-} ]] || "$PYTHON" -m pip download "${there[@]}" --dest "$DALI" --requirement "$root/bench/dali_wheels.txt"
 
 for name in CIFAR100 CIFAR10; do
   target=$folder/${name,,}_lt.tar
