@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ EARLIER_NAMES = ("trained",)  # of modules that have moved; nothing imports them
 
 # How often a module outside the commands, which alone are to end the program, names a way to end it.
 EXITS = {
-    "train/config.py": 5,
+    "train/config.py": 7,
     "train/data/scan.py": 1,
     "train/experiments/job_queue.py": 1,
     "train/experiments/pictures.py": 1,
@@ -56,7 +56,7 @@ MANY_PARAMETERS = {
     "rcl_fast/functional.py contrastive_loss": 13,  # the call that people write, all but two by name
     "train/loaders/base.py training_reading": 9,
 }
-README_LINES = 293
+README_LINES: int | None = 293  # None: no exception is needed
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -93,7 +93,11 @@ def hidden_imports(tree: ast.AST) -> set[str]:
     found = {f"import {name}" for name in plain if name.split(".")[0] == "rcl_fast"}
     found |= {name for name in imports(tree) if name.startswith(".") or name.split(".")[0] in ("kernels", "train")}
     found |= {name for name in imports(tree) if name.split(".")[0] in ("bench", "tests")}
+    found |= {name for name in imports(tree) if name.split(".")[0] in (*ROOMS, *COMMANDS, *EARLIER_NAMES)}
     found |= {name for name in imports(tree) if name in ("rcl_fast.train", "rcl_fast.kernels")}
+    by_name = {name for name in imports(tree) if name.split(".")[0] in ("importlib", "runpy")}
+    found |= by_name - {"importlib.resources", "importlib.util.find_spec"}
+    found |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "__import__"}
     texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return found | {text for text in texts if re.fullmatch(r"rcl_fast\.(train|kernels)(\.\w+)+", text)}
 
@@ -137,7 +141,7 @@ def test_rooms_import_downwards_only() -> None:
         for there, name in rooms_imported(tree).items():
             assert there in ROOMS, f"{path} imports {name}: no room of that name"
             assert here != "__init__", f"{path} imports {name}: every other import would wait for it"
-            height = len(ROOMS) if here in EARLIER_NAMES else place[here]
+            height = place["commands" if here in EARLIER_NAMES else here]
             assert place[there] < height or there == here, f"{path} imports {name}, from above"
 
 
@@ -164,12 +168,13 @@ def exits(tree: ast.AST) -> list[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Name) and node.id in ("SystemExit", "exit", "quit") and id(node) not in caught
     ]
-    functions = {"sys.exit", "os._exit", "os.abort", "builtins.SystemExit"}
+    # Whatever the module is called here; a command line's parser ends the program where it does not understand.
+    ways = {"exit", "_exit", "abort", "SystemExit", "parse_args", "parse_known_args"}
     reached = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     return [
         *named,
-        *(name for name in map(ast.unparse, reached) if name in functions),
-        *(name for name in imports(tree) if name in functions),
+        *(ast.unparse(node) for node in reached if node.attr in ways or ast.unparse(node) == "tyro.cli"),
+        *(name for name in imports(tree) if name.split(".")[-1] in ways or name == "tyro.cli"),
     ]
 
 
@@ -177,7 +182,8 @@ def exits(tree: ast.AST) -> list[str]:
     "given",
     [
         *("raise SystemExit", "raise SystemExit(3)", "error = SystemExit(3)", "sys.exit(2)", "os._exit(1)"),
-        *("from sys import exit as leave", "class Stop(SystemExit): ...", "quit()"),
+        *("from sys import exit as leave", "class Stop(SystemExit): ...", "quit()", "s.exit()"),
+        *("tyro.cli(Options)", "parser.parse_args()"),
     ],
 )
 def test_each_way_to_end_the_program_is_seen(given: str) -> None:
@@ -193,6 +199,7 @@ def test_to_catch_an_exit_is_to_end_nothing() -> None:
     [
         *("import rcl_fast", "import rcl_fast.train.run", "from rcl_fast import train", "from . import tiles"),
         *("from train.options import Config", "import bench.rows", "find_spec('rcl_fast.train.run')"),
+        *("from jobs import train", "import importlib", "from importlib import import_module", "__import__('jobs')"),
     ],
 )
 def test_each_hidden_import_is_seen(given: str) -> None:
@@ -200,9 +207,17 @@ def test_each_hidden_import_is_seen(given: str) -> None:
 
 
 def functions() -> Iterator[tuple[str, Function]]:
-    """Each with its path and its name below the module, of which there is one."""
+    """Each with its path and its name below the module."""
     for path, tree in sources().items():
         yield from ((f"{path} {name}", function) for name, function in below(tree, ""))
+
+
+def largest(measure: Callable[[Function], int]) -> dict[str, int]:
+    """Of each name, for a getter and its setter have the same."""
+    found: dict[str, int] = {}
+    for name, function in functions():
+        found[name] = max(measure(function), found.get(name, 0))
+    return found
 
 
 def below(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
@@ -241,22 +256,20 @@ def test_files_are_short() -> None:
 
 
 def test_functions_are_short() -> None:
-    lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions() if not is_kernel(node)}
+    lengths = largest(lambda node: 0 if is_kernel(node) else (node.end_lineno or 0) - node.lineno + 1)
     assert {name: length for name, length in lengths.items() if length >= LONGEST_FUNCTION} == LONG_FUNCTIONS
 
 
 def test_functions_have_few_parameters() -> None:
-    counts = {
-        name: parameters(node)
-        for name, node in functions()
-        if not (is_kernel(node) or is_operator(node) or node.name == "__init__")
-    }
+    counts = largest(
+        lambda node: 0 if is_kernel(node) or is_operator(node) or node.name == "__init__" else parameters(node)
+    )
     assert {name: count for name, count in counts.items() if count > MOST_PARAMETERS} == MANY_PARAMETERS
 
 
 def test_the_readme_is_short() -> None:
     length = len((ROOT / "README.md").read_text(encoding="utf-8").splitlines())
-    assert length <= LONGEST_README or length == README_LINES, "the exception may only shrink: write the new length"
+    assert (length if length > LONGEST_README else None) == README_LINES, "the exception may only shrink"
 
 
 def test_contributing_has_the_rooms_in_this_order_and_about_their_lengths() -> None:
