@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import warnings
@@ -35,6 +34,7 @@ from rcl_fast.train.data.manifest import (
 from rcl_fast.train.data.samples import Published, Samples, describe
 from rcl_fast.train.data.scan import CHUNK, examined
 from rcl_fast.train.options import Dataset
+from rcl_fast.train.runtime.threads import usable_cpus
 
 SHOWN = 5  # files or classes that are named of each kind
 CLASSES_SHOWN = 20  # a data set of more classes is summed up
@@ -50,7 +50,7 @@ class Options:
     """Folder that holds the data set."""
     manifest: Path | None = None
     """File to write; None: DATA/rcl_fast_manifest.jsonl. Name one elsewhere where DATA is read-only."""
-    workers: int = os.cpu_count() or 1
+    workers: int = usable_cpus()
     """Processes that decode; 0: none but the main one."""
 
 
