@@ -59,7 +59,7 @@ _SHARED_RECIPES = {"cifar10_lt": "cifar_lt", "cifar100_lt": "cifar_lt"}
 
 
 def recipe(dataset: str, loss: str) -> Config:
-    """The defaults of a data set and a loss, from recipes/DATASET.toml: [SECTION], then [when.LOSS.SECTION]."""
+    """The defaults of a data set and a loss, from its file in recipes/: [SECTION], then [when.LOSS.SECTION]."""
     path = resources.files("rcl_fast.train") / "recipes" / f"{_SHARED_RECIPES.get(dataset, dataset)}.toml"
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     overrides = values.pop("when", {}).get(loss, {})

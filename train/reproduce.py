@@ -7,7 +7,6 @@ import os
 if __name__ == "__main__":  # read when PyTorch loads: threads that wait for work then let others run
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import os
 import shlex
 import signal
 import sys

@@ -10,7 +10,6 @@ if __name__ == "__main__":  # read when PyTorch loads: threads that wait for wor
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
