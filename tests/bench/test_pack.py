@@ -215,7 +215,7 @@ pack.main(["unpack", *sys.argv[2:]])
 
 def test_unpacking_needs_numpy_and_pillow_alone(packed: Path) -> None:
     arguments = [str(BENCH), str(packed), str(packed.parent / "there")]
-    subprocess.run([sys.executable, "-c", WITHOUT_THE_TRAINER, *arguments], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", WITHOUT_THE_TRAINER, *arguments], check=True, timeout=1200)
     with np.load(packed.parent / "there" / "cifar100_lt.npz", allow_pickle=False) as arrays:
         assert sorted(arrays) == ["class_names", "test", "test_labels", "train", "train_labels"]
 

@@ -320,7 +320,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_for() -> None:
         text=True,
         env=environment,
         check=False,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2 * 8

@@ -249,8 +249,8 @@ def end_of(folder: Path) -> dict[str, Any]:
 
 def write(file: Path, row: dict[str, Any]) -> None:
     """Append a row, with what it was measured on."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-    from rows import append  # beside the benchmarks
+    sys.path.append(str(Path(__file__).parents[2]))
+    from bench.rows import append
 
     append(file, [{**row, "processes": PROCESSES}])
 

@@ -13,7 +13,7 @@ def test_killed_runs_end_as_the_uninterrupted_one(tmp_path: Path) -> None:
         [sys.executable, str(Path(__file__).with_name("kill.py")), "--kills", "4", "--losses", "ce", "--output", rows],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=900,
+        timeout=2400,
     )
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert len(found) == 4

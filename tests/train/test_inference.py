@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
         return train.run(settings), settings
 
 
-@pytest.mark.usefixtures("without_reports")
+@pytest.mark.usefixtures("without_tsne")
 @pytest.mark.parametrize("stage", [None, "tau_norm"])
 def test_images_are_classified_as_the_run_was_tested(finished: tuple[Path, Config], stage: str | None) -> None:
     folder, settings = finished

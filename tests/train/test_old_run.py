@@ -40,7 +40,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("old") / "run"
     shutil.copytree(OLD, folder, ignore=shutil.ignore_patterns("expected.json"))
     command = [sys.executable, str(ROOT / "train" / "run.py"), "--resume", str(folder)]
-    ran = subprocess.run(command, env={**os.environ, **SAME_BITS}, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(command, env={**os.environ, **SAME_BITS}, capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder
 

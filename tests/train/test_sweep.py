@@ -141,7 +141,7 @@ def test_workers_share_a_study_and_a_killed_ones_trial_is_taken_up(tmp_path: Pat
     for other in others:
         other.start()
     for other in others:
-        other.join(timeout=300)
+        other.join(timeout=1200)
         assert other.exitcode == 0
     assert "1.5" not in [tau for _, tau, _, _ in calls(study)]  # it is taken
     assert killed.pid is not None
@@ -150,7 +150,7 @@ def test_workers_share_a_study_and_a_killed_ones_trial_is_taken_up(tmp_path: Pat
 
     last = clean.Process(target=work, args=(study, False))
     last.start()
-    last.join(timeout=300)
+    last.join(timeout=1200)
     ran = calls(study)
     assert sorted(tau for _, tau, _, _ in ran) == ["1.0", "1.1", "1.2", "1.3", "1.4", "1.5"]
     assert ran[-1][:2] == [hung.parent.name, "1.5"]

@@ -46,7 +46,7 @@ def test_a_process_that_fails_shows_its_traceback_and_a_restart_goes_on_by_itsel
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
     command = [*TORCHRUN, "--max-restarts", "1", str(script), *OPTIONS, "--epochs", "3", "--checkpoint-minutes", "0"]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr
     assert 'raise RuntimeError("process 1 is broken")' in ran.stderr
     assert re.search(r"going on after epoch 1 and [01] steps", ran.stdout)
@@ -72,7 +72,7 @@ def test_a_signal_to_torchrun_saves_the_run(tmp_path: Path) -> None:
     assert (folder / "mid_epoch.pt").exists()
     assert started.returncode == 1  # torchrun's, whatever the processes' was: hence status.json
     alone = [sys.executable, str(ROOT / "train" / "run.py"), "--resume", str(folder)]
-    ran = subprocess.run(alone, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(alone, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 1
     assert "processes (was 2, now 1)" in ran.stderr
     assert status(folder) == "preempted"

@@ -63,9 +63,15 @@ def trained(*arguments: str) -> dict[str, Any]:
     if isinstance(training.objective.cross_entropy, LDAM):
         training.objective.cross_entropy.reweight()
     training.model.eval()
+    start = training.model.classifier.weight.detach().clone()
     losses = [train_step(training, batch) for batch in batches(config, splits)]
     torch.set_default_dtype(torch.float32)
-    return {"weights": training.model.state_dict(), "losses": losses, "keys": list(training.model.state_dict())}
+    return {
+        "start": start,
+        "weights": training.model.state_dict(),
+        "losses": losses,
+        "keys": list(training.model.state_dict()),
+    }
 
 
 def evaluated() -> dict[str, Any]:

@@ -111,5 +111,5 @@ def policy(file: Path, name: str, given: dict[str, str]) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
     command = [sys.executable, "-c", SAYS_ITS_POLICY, str(file), name]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, timeout=300
+        command, env=environment, capture_output=True, text=True, check=True, timeout=1200
     ).stdout.strip()
