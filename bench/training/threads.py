@@ -8,6 +8,7 @@ A figure is the images a second of an epoch, by metrics.jsonl; the first epoch w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,10 +24,12 @@ import tyro
 
 from bench.rows import append, spread
 
-Beside = Literal["python", "pytorch"]
+Beside = Literal["python", "pytorch", "itself"]
+TRAIN = "from rcl_fast.train import run; run.main()"  # by name: as a file, the command sets the policy itself
 BUSY: dict[Beside, str] = {
     "python": "while True: pass",
     "pytorch": "import torch\na = torch.randn(256, 256)\nwhile True: a = (a @ a).clamp(0, 1)",  # its threads spin
+    "itself": TRAIN,  # as a sweep's workers do, waiting as the measured run does
 }
 
 
@@ -50,7 +52,7 @@ class Options:
     busy: tuple[int, ...] = (0, 1)
     """Other busy processes."""
     beside: Beside = "pytorch"
-    """What these run: a loop of Python, or products of PyTorch, whose threads wait as OpenMP does by default."""
+    """What these run: a loop of Python; products of PyTorch, whose threads wait by default; or the same training."""
     output: Path | None = None
     """File of JSON lines to append the rows to."""
     dry_run: bool = False
@@ -63,7 +65,7 @@ def main(options: Options) -> None:
     speeds: dict[Case, list[float]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
-            with busy_processes(case.busy, case.beside):
+            with busy_processes(case):
                 speeds[case] += images_per_second(case.policy, epochs)
     for case, found in speeds.items():
         figures = spread("images_per_second", found if len(found) > 1 else found * 2)
@@ -75,31 +77,30 @@ def main(options: Options) -> None:
 def images_per_second(policy: str, epochs: int) -> list[float]:
     """Of each epoch but the first."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["--device", "cpu", "--epochs", str(epochs), "--output", folder]
-        environment = without_policy() | ({} if policy == "default" else dict([policy.split("=")]))
-        # By name: as a file, the command sets the policy itself.
-        command = [sys.executable, "-c", "from rcl_fast.train import run; run.main()", *arguments]
-        subprocess.run(command, env=environment, check=True, capture_output=True)
+        command = [sys.executable, "-c", TRAIN, "--device", "cpu", "--epochs", str(epochs), "--output", folder]
+        subprocess.run(command, env=environment_of(policy), check=True, capture_output=True)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["images_per_second"] for line in lines[1:]]
 
 
-def without_policy() -> dict[str, str]:
-    """The environment, with OpenMP's own way to wait."""
-    return {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+def environment_of(policy: str) -> dict[str, str]:
+    """This process's, with that way to wait and no other."""
+    without = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    return without if policy == "default" else without | dict([policy.split("=")])
 
 
-@contextmanager
-def busy_processes(count: int, beside: Beside) -> Iterator[None]:
-    """So many processes that share nothing with the run."""
-    command = [sys.executable, "-c", BUSY[beside]]
-    processes = [subprocess.Popen(command, env=without_policy()) for _ in range(count)]
-    try:
+@contextlib.contextmanager
+def busy_processes(case: Case) -> Iterator[None]:
+    """Other processes that share nothing with the run, as many as the case says."""
+    environment = environment_of(case.policy if case.beside == "itself" else "default")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as busy:
+        for number in range(case.busy):
+            training = ["--device", "cpu", "--epochs", "10000", "--output", f"{folder}/{number}"]
+            command = [sys.executable, "-c", BUSY[case.beside], *(training if case.beside == "itself" else [])]
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            busy.callback(process.wait)
+            busy.callback(process.kill)
         yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 if __name__ == "__main__":
