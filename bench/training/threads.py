@@ -24,18 +24,16 @@ import tyro
 
 from bench.rows import append, spread
 
-Beside = Literal["python", "pytorch", "itself"]
-TRAIN = "from rcl_fast.train import run; run.main()"  # by name: as a file, the command sets the policy itself
-BUSY: dict[Beside, str] = {
+Beside = Literal["python", "pytorch", "itself"]  # itself: as a sweep's workers, waiting as the measured run does
+BUSY = {
     "python": "while True: pass",
     "pytorch": "import torch\na = torch.randn(256, 256)\nwhile True: a = (a @ a).clamp(0, 1)",  # its threads spin
-    "itself": TRAIN,  # as a sweep's workers do, waiting as the measured run does
 }
 
 
 class Case(NamedTuple):
     policy: str  # a variable of the environment that OpenMP reads; "default": none
-    busy: int  # other processes, which never wait
+    busy: int  # other processes
     beside: Beside
 
 
@@ -77,10 +75,15 @@ def main(options: Options) -> None:
 def images_per_second(policy: str, epochs: int) -> list[float]:
     """Of each epoch but the first."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", TRAIN, "--device", "cpu", "--epochs", str(epochs), "--output", folder]
-        subprocess.run(command, env=environment_of(policy), check=True, capture_output=True)
+        subprocess.run(training(epochs, folder), env=environment_of(policy), check=True, capture_output=True)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["images_per_second"] for line in lines[1:]]
+
+
+def training(epochs: int, output: str) -> list[str]:
+    """The command, by name: as a file it sets the policy itself."""
+    code = "from rcl_fast.train import run; run.main()"
+    return [sys.executable, "-c", code, "--device", "cpu", "--epochs", str(epochs), "--output", output]
 
 
 def environment_of(policy: str) -> dict[str, str]:
@@ -92,11 +95,11 @@ def environment_of(policy: str) -> dict[str, str]:
 @contextlib.contextmanager
 def busy_processes(case: Case) -> Iterator[None]:
     """Other processes that share nothing with the run, as many as the case says."""
-    environment = environment_of(case.policy if case.beside == "itself" else "default")
+    alike = case.beside == "itself"
+    environment = environment_of(case.policy if alike else "default")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as busy:
         for number in range(case.busy):
-            training = ["--device", "cpu", "--epochs", "10000", "--output", f"{folder}/{number}"]
-            command = [sys.executable, "-c", BUSY[case.beside], *(training if case.beside == "itself" else [])]
+            command = training(10_000, f"{folder}/{number}") if alike else [sys.executable, "-c", BUSY[case.beside]]
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             busy.callback(process.wait)
             busy.callback(process.kill)
