@@ -24,7 +24,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("any machine")
 
-# Minutes each: a file is one process's, so the other process has the rest meanwhile, if these come first.
+# Up to two minutes each: a file is one process's, so the other process has the rest meanwhile, if these come first.
 LONGEST = ("train/jobs/test_train.py", "train/test_together.py", "train/loop/test_cuda_graph.py", "faults/test_kill.py")
 
 

@@ -91,12 +91,11 @@ def hidden_imports(tree: ast.AST) -> set[str]:
     """Ways to our modules that `imports` does not tell apart, or does not see."""
     plain = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     found = {f"import {name}" for name in plain if name.split(".")[0] == "rcl_fast"}
-    found |= {name for name in imports(tree) if name.startswith(".") or name.split(".")[0] in ("kernels", "train")}
-    found |= {name for name in imports(tree) if name.split(".")[0] in ("bench", "tests")}
-    found |= {name for name in imports(tree) if name.split(".")[0] in (*ROOMS, *COMMANDS, *EARLIER_NAMES)}
-    found |= {name for name in imports(tree) if name in ("rcl_fast.train", "rcl_fast.kernels")}
-    by_name = {name for name in imports(tree) if name.split(".")[0] in ("importlib", "runpy")}
-    found |= by_name - {"importlib.resources", "importlib.util.find_spec"}
+    names = imports(tree)
+    tops = {"", "kernels", "train", "bench", "tests", "importlib", "runpy", *ROOMS, *COMMANDS, *EARLIER_NAMES}
+    found |= {name for name in names if name.split(".")[0] in tops}  # "": relative
+    found -= {"importlib.resources", "importlib.util.find_spec"}
+    found |= names & {"rcl_fast.train", "rcl_fast.kernels"}
     found |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "__import__"}
     texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return found | {text for text in texts if re.fullmatch(r"rcl_fast\.(train|kernels)(\.\w+)+", text)}

@@ -14,11 +14,10 @@ from rcl_fast.train.runtime.threads import share_cpus, usable_cpus
 ROOT = Path(__file__).parents[3]
 
 
-def usable(tmp_path: Path, membership: str, **quotas: str) -> int:
-    """With these files below a cgroup folder; a name's __ is a slash."""
-    for name, text in quotas.items():
-        file = tmp_path / "cgroup" / name.replace("__", "/").replace("cpu_max", "cpu.max")
-        file = file.with_name(file.name.replace("cfs_", "cpu.cfs_"))
+def usable(tmp_path: Path, membership: str, quotas: dict[str, str]) -> int:
+    """With these files below a cgroup folder: {path: text}."""
+    for path, text in quotas.items():
+        file = tmp_path / "cgroup" / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     (tmp_path / "membership").write_text(membership)
@@ -45,19 +44,18 @@ def test_the_affinity_without_cgroups(tmp_path: Path) -> None:
     ],
 )
 def test_version_2(tmp_path: Path, given: str, expected: int) -> None:
-    assert usable(tmp_path, "0::/\n", cpu_max=given) == expected
+    assert usable(tmp_path, "0::/\n", {"cpu.max": given}) == expected
 
 
 def test_the_smallest_quota_on_the_way_up_counts(tmp_path: Path) -> None:
-    quotas = {"a__b__cpu_max": "800000 100000", "a__cpu_max": "300000 100000", "other__cpu_max": "100000 100000"}
-    assert usable(tmp_path, "0::/a/b\n", **quotas) == 3
+    quotas = {"a/b/cpu.max": "800000 100000", "a/cpu.max": "300000 100000", "other/cpu.max": "100000 100000"}
+    assert usable(tmp_path, "0::/a/b\n", quotas) == 3
 
 
 def test_version_1(tmp_path: Path) -> None:
-    files = {"cpu,cpuacct__job__cfs_quota_us": "600000", "cpu,cpuacct__job__cfs_period_us": "100000"}
-    assert usable(tmp_path, "5:memory:/job\n4:cpu,cpuacct:/job\n", **files) == 6
-    unlimited = {"cpu,cpuacct__job__cfs_quota_us": "-1\n", "cpu,cpuacct__job__cfs_period_us": "100000\n"}
-    assert usable(tmp_path, "4:cpu,cpuacct:/job\n", **unlimited) == 16
+    quota, period = (f"cpu,cpuacct/job/cpu.cfs_{name}_us" for name in ("quota", "period"))
+    assert usable(tmp_path, "5:memory:/job\n4:cpu,cpuacct:/job\n", {quota: "600000", period: "100000"}) == 6
+    assert usable(tmp_path, "4:cpu,cpuacct:/job\n", {quota: "-1\n", period: "100000\n"}) == 16
 
 
 @pytest.fixture
