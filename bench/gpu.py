@@ -339,7 +339,7 @@ def tune(call: Call) -> Commands:
     cases = ["--seconds", "2", "--variant", "triton", "--case", "large, narrow", "--case", "large, wide"]
     yield loss(call, "speed", *cases)
     before = (ROOT / "kernels" / "block_size_table.py").read_bytes()
-    for kernel, width in (("backward", 128), ("forward", 128), ("weights", 2048), ("forward", 2048)):
+    for kernel, width in (("backward", 128), ("forward", 128), ("dlogits", 2048), ("forward", 2048)):
         entry = ["--kernel", kernel, "--kind", "half", "--width", str(width), "--size", "large"]
         how = ["--most", "2", "--dry-run", "--arch", "90"] if call.dry_run else ["--most", "12", "--write"]
         command = module(

@@ -1,4 +1,4 @@
-"""Part of the gradient of a block of rows, over a range of keys, accumulated in registers: for small D."""
+"""Sums the gradient of a block of rows over a range of keys, in registers: for small D."""
 
 # mypy: allow-untyped-defs
 import torch
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from rcl_fast.kernels import block_sizes
 from rcl_fast.kernels.pack import Packed
-from rcl_fast.kernels.tiles import gradient_weights, load_key_side, load_row_side, load_rows
+from rcl_fast.kernels.tiles import dlogits, load_key_side, load_row_side, load_rows
 
 
-@triton.jit(do_not_specialize=["N", "M", "row_start", "row_end", "key_end", "tiles_per_split", "stride_upstream"])
+@triton.jit(do_not_specialize=["N", "M", "row_start", "row_end", "key_end", "tiles_per_split", "stride_grad_output"])
 def backward_kernel(
     p_keys,  # [M, K] raw rows, the anchors first
     p_vectors,  # [3, M] scale, bias, count
     p_key_labels,  # [M]
     p_lse,  # [N] base 2, +inf without a positive
-    p_upstream,  # [N] g, any stride
+    p_grad_output,  # [N] g, any stride
     p_parts,  # [SPLITS, rows, K] out, float32; `project_kernel` makes the gradient of them
     N,
     M,
@@ -25,7 +25,7 @@ def backward_kernel(
     row_end,
     key_end,  # keys [0, key_end): M for anchors; N for prototypes, which are no keys to each other
     tiles_per_split,
-    stride_upstream,
+    stride_grad_output,
     K: tl.constexpr,
     AVERAGE: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -39,8 +39,8 @@ def backward_kernel(
     m_a = o_a < row_end
     o_d = tl.arange(0, DEPTH)
     b_a = load_rows(p_keys, o_a, m_a, o_d, K)  # [ROWS, DEPTH]
-    b_y_a, b_scale_a, b_gain_a, b_share_a, b_g_a, b_lse_a, b_bias_a = load_row_side(
-        p_vectors, p_key_labels, p_lse, p_upstream, stride_upstream, o_a, m_a, N, M,
+    b_y_a, b_scale_a, b_term_a, b_share_a, b_g_a, b_lse_a, b_bias_a = load_row_side(
+        p_vectors, p_key_labels, p_lse, p_grad_output, stride_grad_output, o_a, m_a, N, M,
         AVERAGE, BOUNDED,
     )  # fmt: skip
 
@@ -52,13 +52,13 @@ def backward_kernel(
         b_k = load_rows(p_keys, o_k, m_k, o_d, K)  # [KEYS, DEPTH], for both products
         b_s = tl.dot(b_a, tl.trans(b_k), input_precision=PRECISION)  # [ROWS, KEYS]
         b_y_k, b_scale_k, b_g_k, b_lse_k, b_bias_k = load_key_side(
-            p_vectors, p_key_labels, p_lse, p_upstream, stride_upstream, o_k, m_k, N, M, BOUNDED
+            p_vectors, p_key_labels, p_lse, p_grad_output, stride_grad_output, o_k, m_k, N, M, BOUNDED
         )
-        b_w = gradient_weights(
-            b_s, o_a, o_k, b_y_a, b_scale_a, b_gain_a, b_share_a, b_g_a, b_lse_a, b_bias_a,
+        b_dlogits = dlogits(
+            b_s, o_a, o_k, b_y_a, b_scale_a, b_term_a, b_share_a, b_g_a, b_lse_a, b_bias_a,
             b_y_k, b_scale_k, b_g_k, b_lse_k, b_bias_k, AVERAGE, BOUNDED,
         )  # fmt: skip
-        b_grad = tl.dot(b_w.to(b_k.dtype), b_k, b_grad, input_precision=PRECISION)
+        b_grad = tl.dot(b_dlogits.to(b_k.dtype), b_k, b_grad, input_precision=PRECISION)
 
     # Going through the norm here would save a launch, but its registers made wide rows spill.
     p_out = p_parts + i_split.to(tl.int64) * (row_end - row_start) * K + (o_a - row_start).to(tl.int64)[:, None] * K
@@ -66,13 +66,23 @@ def backward_kernel(
 
 
 def gradient_parts(
-    packed: Packed, lse: Tensor, upstream: Tensor, row_start: int, rows: int, key_end: int, average: bool, bounded: bool
+    packed: Packed,
+    lse: Tensor,
+    grad_output: Tensor,
+    row_start: int,
+    rows: int,
+    key_end: int,
+    average: bool,
+    bounded: bool,
 ) -> Tensor:
-    """Launches the kernel for keys [row_start, row_start + rows): float32 [splits, rows, K], one a range of keys."""
+    """Launches the kernel for rows [row_start, row_start + rows) of the keys; returns float32 [splits, rows, K].
+
+    A split has the sum over one range of keys.
+    """
     keys, vectors, labels = packed
     M, K = keys.shape
-    arch, kind = block_sizes.product_of(keys)
-    config = block_sizes.choose("backward", arch, kind, K, rows, key_end)
+    arch, math_mode = block_sizes.product_of(keys)
+    config = block_sizes.choose("backward", arch, math_mode, K, rows, key_end)
     row_blocks = triton.cdiv(rows, config.rows)
     splits, tiles_per_split = block_sizes.split(arch, row_blocks, triton.cdiv(key_end, config.keys))
     parts = torch.empty(splits, rows, K, dtype=torch.float32, device=keys.device)
@@ -81,7 +91,7 @@ def gradient_parts(
         vectors,
         labels,
         lse,
-        upstream,
+        grad_output,
         parts,
         len(lse),
         M,
@@ -89,11 +99,11 @@ def gradient_parts(
         row_start + rows,
         key_end,
         tiles_per_split,
-        upstream.stride(0),
+        grad_output.stride(0),
         K=K,
         AVERAGE=average,
         BOUNDED=bounded,
-        **config.constants(kind),
+        **config.constants(math_mode),
         **config.options,
     )
     return parts

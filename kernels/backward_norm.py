@@ -1,4 +1,4 @@
-"""Gradients of whole rows from their parts: summed in order, then through compression and normalisation."""
+"""Sums the parts of each row's gradient in order, then takes it through compression and normalisation."""
 
 # mypy: allow-untyped-defs
 import triton
@@ -14,7 +14,7 @@ def project_kernel(
     p_parts,  # [SPLITS, rows, K] float32
     p_keys,  # [M, K] raw rows
     p_vectors,  # [3, M] scale first
-    p_gain,  # [1] what the parts were multiplied by, with SCALED
+    p_grad_scale,  # [1] what the parts were multiplied by, with SCALED
     p_grad,  # [rows, D] out
     row_start,  # the first row's index among the keys
     rows,
@@ -33,10 +33,10 @@ def project_kernel(
     for i_split in range(0, splits):
         b_grad += load_rows(p_parts + tl.cast(i_split, tl.int64) * rows * K, o_r, m_r, o_d, K)
     if SCALED:
-        b_grad /= tl.load(p_gain)
+        b_grad /= tl.load(p_grad_scale)
     b_z = load_rows(p_keys, row_start + o_r, m_r, o_d, K).to(tl.float32)
     b_scale = tl.load(p_vectors + row_start + o_r, mask=m_r, other=0.0)
-    # Both scales of `gradient_weights` hold √(log2(e)/T); log 2 leaves their product 1/T.
+    # Both scales of `dlogits` hold √(log2(e)/T); log 2 leaves their product 1/T.
     b_grad *= 0.6931471805599453 * b_scale[:, None]
     if NORMALIZE:  # the part along z goes, as length does not count; a zero row keeps all
         b_zz = tl.sum(b_z * b_z, 1)
@@ -46,8 +46,10 @@ def project_kernel(
     tl.store(p_grad + offsets, b_grad, mask=m_r[:, None] & (o_d < D)[None, :])
 
 
-def project(out: Tensor, parts: Tensor, packed: Packed, gain: Tensor | None, row_start: int, normalize: bool) -> None:
-    """Launches the kernel: parts [splits, rows, K] into out [rows, D], the gradients of the keys from row_start on."""
+def project(
+    out: Tensor, parts: Tensor, packed: Packed, grad_scale: Tensor | None, row_start: int, normalize: bool
+) -> None:
+    """Launches the kernel: makes out [rows, D], the gradients of keys from row_start on, of parts [splits, rows, K]."""
     keys, vectors, _ = packed
     (rows, D), K = out.shape, keys.shape[1]
     depth = triton.next_power_of_2(K)
@@ -56,7 +58,7 @@ def project(out: Tensor, parts: Tensor, packed: Packed, gain: Tensor | None, row
         parts,
         keys,
         vectors,
-        gain,
+        grad_scale,
         out,
         row_start,
         rows,
@@ -64,7 +66,7 @@ def project(out: Tensor, parts: Tensor, packed: Packed, gain: Tensor | None, row
         D=D,
         K=K,
         NORMALIZE=normalize,
-        SCALED=gain is not None,
+        SCALED=grad_scale is not None,
         ROWS=block,
         DEPTH=depth,
         num_warps=4,

@@ -1,4 +1,4 @@
-"""Launch choices: block sizes by kernel, architecture, kind of product and width, and what bounds the workspace.
+"""Launch choices: block sizes by kernel, architecture, math mode and width, and what bounds the workspace.
 
 `bench/kernels/aot.py` compiles every entry and records its registers, spills and shared memory; `tune.py` beside it
 times others.
@@ -33,23 +33,23 @@ class Config(NamedTuple):
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
-    def constants(self, kind: str) -> dict[str, int | str]:
-        """The kernel's compile-time arguments that say how a tile is computed, for this kind of product."""
-        precision = "tf32" if kind == "tf32" else "ieee"  # 16-bit products have one way only
+    def constants(self, math_mode: str) -> dict[str, int | str]:
+        """The kernel's compile-time arguments that say how a tile is computed, in this math mode."""
+        precision = "tf32" if math_mode == "tf32" else "ieee"  # 16-bit products have one way only
         return {"ROWS": self.rows, "KEYS": self.keys, "DEPTH": self.depth, "PRECISION": precision}
 
 
-# What a product multiplies: 16-bit numbers, float32 through TF32, float32 exactly.
-KINDS = ("half", "tf32", "ieee")
+# How products are made: of 16-bit numbers, of float32 through TF32, of float32 exactly.
+MATH_MODES = ("half", "tf32", "ieee")
 # Widths up to which an entry holds. A kernel's last entry holds for every wider row too.
-WIDTHS = {"forward": (64, 128, 256, 2048), "backward": (64, 128, 256), "weights": (2048,)}
+WIDTHS = {"forward": (64, 128, 256, 2048), "backward": (64, 128, 256), "dlogits": (2048,)}
 # Programs that fill the device: about two to a multiprocessor of the largest chip of each architecture.
 PROGRAMS = {70: 160, 75: 144, 80: 216, 86: 168, 89: 284, 90: 264, 100: 296, 120: 340}
 ARCHITECTURES = tuple(PROGRAMS)
 
 # Rows up to this width keep their gradient in registers; wider ones take the workspace and plain matrix products.
 REGISTER_WIDTH = {"half": 256, "tf32": 128, "ieee": 64}
-# Largest workspace for the weights of the gradient.
+# Largest workspace for dL/dlogits.
 WORKSPACE_BYTES = 256 * 2**20
 # Up to this many anchors the labels are compared one by one; above, a histogram costs less.
 SCAN_LIMIT = 4096
@@ -57,40 +57,43 @@ SCAN_LIMIT = 4096
 
 @cache
 def architecture(device: torch.device) -> int:
-    """The newest entry of the table that is not newer than the device; 80 where it is no NVIDIA GPU."""
+    """Returns the table's newest architecture that is not newer than the device's; 80 where it is no NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip is not None:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
 
 
-def kinds(arch: int) -> tuple[str, ...]:
-    """The kinds that an architecture has: TF32 came with sm_80."""
-    return KINDS if arch >= 80 else ("half", "ieee")
+def math_modes(arch: int) -> tuple[str, ...]:
+    """Returns the math modes of an architecture: TF32 came with sm_80."""
+    return MATH_MODES if arch >= 80 else ("half", "ieee")
 
 
-def kind_of(dtype: torch.dtype, arch: int) -> str:
-    """How PyTorch's own matrix products treat this dtype under the current matmul precision."""
+def math_mode_of(dtype: torch.dtype, arch: int) -> str:
+    """Returns how PyTorch multiplies matrices of this dtype under the current matmul precision."""
     if dtype != torch.float32:
         return "half"
     return "ieee" if arch < 80 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def product_of(keys: Tensor) -> tuple[int, str]:
-    """Architecture and kind of the products of these keys."""
+    """Returns the architecture and the math mode of the products of these keys."""
     arch = architecture(keys.device)
-    return arch, kind_of(keys.dtype, arch)
+    return arch, math_mode_of(keys.dtype, arch)
 
 
-def in_registers(arch: int, kind: str, width: int) -> bool:
-    """Whether rows of this width keep their gradient in registers. Triton has tensor-core products from sm_80 on."""
-    return width <= REGISTER_WIDTH[kind if arch >= 80 else "ieee"]
+def in_registers(arch: int, math_mode: str, width: int) -> bool:
+    """Returns whether rows of this width keep their gradient in registers.
+
+    Triton has tensor-core products from sm_80 on.
+    """
+    return width <= REGISTER_WIDTH[math_mode if arch >= 80 else "ieee"]
 
 
-def choose(kernel: str, arch: int, kind: str, width: int, rows: int, keys: int) -> Config:
-    """The first, largest, tile of the entry that still gives every multiprocessor work, or the smallest one."""
+def choose(kernel: str, arch: int, math_mode: str, width: int, rows: int, keys: int) -> Config:
+    """Returns the first, largest tile of the entry that still gives every multiprocessor work, or else the smallest."""
     bucket = next((known for known in WIDTHS[kernel] if width <= known), WIDTHS[kernel][-1])
-    sizes = [Config(*entry) for entry in TABLE[kernel, arch, kind, bucket]]
+    sizes = [Config(*entry) for entry in TABLE[kernel, arch, math_mode, bucket]]
     for config in sizes:
         if -(-rows // config.rows) * -(-keys // config.keys) >= PROGRAMS[arch]:
             return config
@@ -98,26 +101,29 @@ def choose(kernel: str, arch: int, kind: str, width: int, rows: int, keys: int) 
 
 
 def split(arch: int, row_blocks: int, tiles: int) -> tuple[int, int]:
-    """(splits, key tiles of each) that fill the device; no split is empty."""
+    """Returns (splits, key tiles of each) that fill the device; no split is empty."""
     wanted = max(1, PROGRAMS[arch] // row_blocks)
     tiles_per_split = max(1, triton.cdiv(tiles, wanted))
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
 
 
 def packed_width(D: int) -> int:
-    """Columns of a packed key: D rounded up, so that every row starts at an aligned address."""
+    """Returns the columns of a packed key: D rounded up, so that every row starts at an aligned address."""
     return -(-D // 16) * 16
 
 
 def must_pack(features: Tensor, prototypes: Tensor | None) -> bool:
-    """Whether the keys need a matrix of their own; otherwise they are the features as they are."""
+    """Returns whether the keys need a matrix of their own; otherwise they are the features as they are."""
     return prototypes is not None or features.shape[1] != packed_width(features.shape[1])
 
 
-# Octaves of similarity up to which 2^s needs no pivot: with log2 n and log2 M on top it stays far inside float32.
+# Octaves of similarity up to which 2^s needs no running maximum: log2 n and log2 M on top leave it far inside float32.
 BOUNDED_OCTAVES = 32.0
 
 
 def is_bounded(temperature: float, normalize: bool, compressed: bool) -> bool:
-    """|s| ≤ 1/T is certain for unit rows; compression factors are values on the device, and may exceed 1."""
+    """Returns whether 2^s needs no running maximum: |s| ≤ 1/T is certain for unit rows that nothing compresses.
+
+    Compression factors are values on the device, and may exceed 1.
+    """
     return normalize and not compressed and math.log2(math.e) / temperature <= BOUNDED_OCTAVES

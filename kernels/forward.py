@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rcl_fast.kernels import block_sizes
 from rcl_fast.kernels.pack import Packed
-from rcl_fast.kernels.tiles import load_rows, own_class_gain, products
+from rcl_fast.kernels.tiles import load_rows, products, same_class_term
 
 
 @triton.jit(do_not_specialize=["N", "M", "tiles_per_split"])
@@ -16,13 +16,13 @@ def forward_kernel(
     p_keys,  # [M, K] raw rows, the anchors first
     p_vectors,  # [3, M] scale, bias, count
     p_key_labels,  # [M]
-    p_partials,  # [SPLITS, 3, N] out: pivot, sum of 2^(s + b − pivot), sum of s over the positives; base 2
+    p_partials,  # [SPLITS, 3, N] out: running maximum, sum of 2^(s + b − maximum), sum of s over the positives; base 2
     N,
     M,
     tiles_per_split,
     K: tl.constexpr,
     AVERAGE: tl.constexpr,
-    BOUNDED: tl.constexpr,  # |s| is known to be small: no pivot is needed
+    BOUNDED: tl.constexpr,  # |s| is known to be small: no running maximum is needed
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -34,11 +34,12 @@ def forward_kernel(
     b_y_a = tl.load(p_key_labels + o_a, mask=m_a, other=-2)
     b_scale_a = tl.load(p_vectors + o_a, mask=m_a, other=0.0)
     if AVERAGE:
-        b_gain_a = own_class_gain(tl.load(p_vectors + 2 * M + o_a, mask=m_a, other=1.0))
+        b_term_a = same_class_term(tl.load(p_vectors + 2 * M + o_a, mask=m_a, other=1.0))
     if K <= DEPTH:
         b_a = load_rows(p_keys, o_a, m_a, tl.arange(0, DEPTH), K)  # [ROWS, DEPTH], once for all keys
 
-    b_pivot = tl.full([ROWS], 0.0 if BOUNDED else -1e38, dtype=tl.float32)  # finite: a tile may be masked whole
+    # The running maximum starts at -1e38, not -inf, so that a fully masked tile gives 0 and not NaN.
+    b_max = tl.full([ROWS], 0.0 if BOUNDED else -1e38, dtype=tl.float32)
     b_sum = tl.zeros([ROWS], dtype=tl.float32)
     b_positives = tl.zeros([ROWS], dtype=tl.float32)
     first = i_split * tiles_per_split
@@ -59,27 +60,27 @@ def forward_kernel(
         itself = o_a[:, None] == o_k[None, :]
         b_positives += tl.sum(tl.where(same & ~itself, b_s, 0.0), 1)
         if AVERAGE:
-            b_s += tl.where(same, b_gain_a[:, None], 0.0)
+            b_s += tl.where(same, b_term_a[:, None], 0.0)
         if BOUNDED:
             b_sum += tl.sum(tl.where(itself, 0.0, tl.exp2(b_s)) * tl.exp2(b_bias_k)[None, :], 1)
         else:
             b_s = tl.where(itself, -float("inf"), b_s + b_bias_k[None, :])
-            b_higher = tl.maximum(b_pivot, tl.max(b_s, 1))
-            b_sum = b_sum * tl.exp2(b_pivot - b_higher) + tl.sum(tl.exp2(b_s - b_higher[:, None]), 1)
-            b_pivot = b_higher
+            b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+            b_sum = b_sum * tl.exp2(b_max - b_new_max) + tl.sum(tl.exp2(b_s - b_new_max[:, None]), 1)
+            b_max = b_new_max
 
     p_out = p_partials + i_split.to(tl.int64) * 3 * N + o_a
-    tl.store(p_out, b_pivot, mask=m_a)
+    tl.store(p_out, b_max, mask=m_a)
     tl.store(p_out + N, b_sum, mask=m_a)
     tl.store(p_out + 2 * N, b_positives, mask=m_a)
 
 
 def partial_sums(packed: Packed, rows: int, class_average: bool, bounded: bool) -> Tensor:
-    """Launches the kernel for the first so many anchors: float32 [splits, 3, rows], a split a range of keys."""
+    """Launches the kernel for the first `rows` anchors; returns float32 [splits, 3, rows], a split for some keys."""
     keys, vectors, labels = packed
     M, K = vectors.shape[1], keys.shape[1]
-    arch, kind = block_sizes.product_of(keys)
-    config = block_sizes.choose("forward", arch, kind, K, rows, M)
+    arch, math_mode = block_sizes.product_of(keys)
+    config = block_sizes.choose("forward", arch, math_mode, K, rows, M)
     row_blocks = triton.cdiv(rows, config.rows)
     splits, tiles_per_split = block_sizes.split(arch, row_blocks, triton.cdiv(M, config.keys))
     partials = torch.empty(splits, 3, rows, dtype=torch.float32, device=keys.device)
@@ -94,7 +95,7 @@ def partial_sums(packed: Packed, rows: int, class_average: bool, bounded: bool) 
         K=K,
         AVERAGE=class_average,
         BOUNDED=bounded,
-        **config.constants(kind),
+        **config.constants(math_mode),
         **config.options,
     )
     return partials

@@ -1,4 +1,4 @@
-"""Everything that costs O((N + C)·D), in one launch: keys packed, row scales, log-weights and class counts."""
+"""Does all that costs O((N + C)·D) in one launch: packs the keys, makes row scales and log-weights, counts classes."""
 
 # mypy: allow-untyped-defs
 import math
@@ -10,6 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from rcl_fast.kernels import block_sizes
+
+
+class KernelInputs(NamedTuple):
+    """A loss's anchors, prototypes and options, as `pack_kernel` reads them."""
+
+    features: Tensor  # [N, D] contiguous
+    prototypes: Tensor | None  # [C, D] contiguous, in the features' dtype
+    labels: Tensor  # [N] contiguous, in [0, num_classes)
+    class_counts: Tensor | None  # [C]
+    compression: Tensor | None  # [C]
+    num_classes: int
+    temperature: float
+    class_average: bool
+    normalize: bool
 
 
 class Packed(NamedTuple):
@@ -101,18 +115,9 @@ def pack_kernel(
     tl.store(p_key_labels + o_k, b_y, mask=m_k)
 
 
-def pack(
-    features: Tensor,
-    prototypes: Tensor | None,
-    labels: Tensor,
-    class_counts: Tensor | None,
-    compression: Tensor | None,
-    num_classes: int,
-    temperature: float,
-    class_average: bool,
-    normalize: bool,
-) -> Packed:
-    """Launches the kernel. features [N, D] and prototypes [C, D] contiguous and of one dtype; labels [N]."""
+def pack(inputs: KernelInputs) -> Packed:
+    """Launches the kernel; returns the keys as the other kernels read them."""
+    features, prototypes = inputs.features, inputs.prototypes
     N, D = features.shape
     M = N + (0 if prototypes is None else prototypes.shape[0])
     K = block_sizes.packed_width(D)
@@ -125,22 +130,22 @@ def pack(
     pack_kernel[(triton.cdiv(M, 16),)](
         features,
         prototypes,
-        labels,
-        class_counts,
-        compression,
-        None if scan else _histogram(labels, num_classes),
+        inputs.labels,
+        inputs.class_counts,
+        inputs.compression,
+        None if scan else _histogram(inputs.labels, inputs.num_classes),
         keys,
         vectors,
         key_labels,
         N,
         M,
-        math.sqrt(math.log2(math.e) / temperature),
+        math.sqrt(math.log2(math.e) / inputs.temperature),
         D=D,
         K=K,
-        NORMALIZE=normalize,
-        AVERAGE=class_average,
-        REBALANCE=class_counts is not None,
-        COMPRESS=compression is not None,
+        NORMALIZE=inputs.normalize,
+        AVERAGE=inputs.class_average,
+        REBALANCE=inputs.class_counts is not None,
+        COMPRESS=inputs.compression is not None,
         PROTOTYPES=prototypes is not None,
         SCAN=scan,
         PACK=must_pack,
@@ -153,6 +158,6 @@ def pack(
 
 
 def _histogram(labels: Tensor, num_classes: int) -> Tensor:
-    """Anchors of each class, int32 [C]; integers add up to the same in any order."""
+    """Counts the anchors of each class, int32 [C]; integers add up to the same in any order."""
     zeros = torch.zeros(num_classes, dtype=torch.int32, device=labels.device)
     return zeros.index_add_(0, labels, torch.ones_like(labels, dtype=torch.int32))

@@ -1,4 +1,8 @@
-"""What every backend gets: one flat, checked batch, and the quantities of the equations that cost O(N + C)."""
+"""What every backend gets: one flat, checked batch, and its rows as the equations have them.
+
+The *keys* are what anchors are compared with: all N anchors, then the C prototypes where there are any; M in all. An
+anchor is no key to itself.
+"""
 
 from __future__ import annotations
 
@@ -25,31 +29,31 @@ class ContrastiveBatch(NamedTuple):
 
 
 def with_class_indices(batch: ContrastiveBatch) -> ContrastiveBatch:
-    """Labels in [0, N) where nothing says how many classes there are; the batch as it is otherwise."""
+    """Returns the batch with labels in [0, N) where nothing says how many classes there are, and as it is otherwise."""
     if batch.num_classes:
         return batch
     return batch._replace(labels=ranks(batch.labels), num_classes=len(batch.labels))
 
 
 def accumulation_dtype(batch: ContrastiveBatch) -> torch.dtype:
-    """float64 where an input is float64, float32 otherwise (16-bit inputs included)."""
+    """Returns float64 where an input is float64, float32 otherwise (16-bit inputs included)."""
     dtypes = {batch.features.dtype} | ({batch.prototypes.dtype} if batch.prototypes is not None else set())
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For a backward(ctx, upstream): users call it inside autocast too, which would round its products to 16 bits."""
+    """Decorates a backward(ctx, grad_output): called inside autocast, it would round its products to 16 bits."""
 
     @functools.wraps(backward)
-    def wrapped(ctx: Any, upstream: Tensor) -> Any:
-        with torch.autocast(upstream.device.type, enabled=False):
-            return backward(ctx, upstream)
+    def wrapped(ctx: Any, grad_output: Tensor) -> Any:
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return backward(ctx, grad_output)
 
     return wrapped
 
 
 class _UnitRows(torch.autograd.Function):
-    """h = z / ‖z‖ by rows, whose gradient reads and writes each row once: dz = (dh − h (h·dh)) / ‖z‖."""
+    """Computes h = z / ‖z‖ by rows; the gradient reads and writes each row once: dz = (dh − h (h·dh)) / ‖z‖."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -61,23 +65,23 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         unit, norms = ctx.saved_tensors
-        return torch.addcmul(upstream, unit, row_products(unit, upstream), value=-1) / norms
+        return torch.addcmul(grad_output, unit, row_products(unit, grad_output), value=-1) / norms
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """h = z / ‖z‖ for each row of [R, D]; a zero row stays zero, with a finite gradient."""
+    """Returns h = z / ‖z‖ for each row of [R, D]; a zero row stays zero, with a finite gradient."""
     return _UnitRows.apply(rows)
 
 
 def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """The dot product of each pair of rows, [R, D] and [R, D] -> [R, 1], without a temporary of [R, D]."""
+    """Returns the dot product of each pair of rows, [R, D] and [R, D] -> [R, 1], without a temporary of [R, D]."""
     return torch.bmm(left[:, None], right[:, :, None])[:, 0]
 
 
 def anchors_and_prototypes(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
-    """h̃ of the anchors [N, D] and of the prototypes [C, D] ([0, D] without any): unit length, then compressed."""
+    """Returns h̃ of the anchors [N, D] and the prototypes [C, D] ([0, D] without any): unit rows, then compressed."""
     dtype = accumulation_dtype(batch)
     anchors = batch.features.to(dtype)
     prototypes = anchors.new_empty(0, anchors.shape[1]) if batch.prototypes is None else batch.prototypes.to(dtype)
@@ -90,39 +94,8 @@ def anchors_and_prototypes(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
     return anchors, prototypes
 
 
-def keys_per_class(batch: ContrastiveBatch) -> Tensor:
-    """count[j], int64 [C]: the batch histogram, and one more for each prototype. No host synchronisation."""
-    start = torch.full(
-        (batch.num_classes,), int(batch.prototypes is not None), dtype=torch.int64, device=batch.labels.device
-    )
-    return start.index_add(0, batch.labels, torch.ones_like(batch.labels))
-
-
-def positives_per_anchor(batch: ContrastiveBatch) -> Tensor:
-    """|P(i)|, int64 [N]: the keys of the anchor's class without the anchor itself."""
-    return keys_per_class(batch)[batch.labels] - 1
-
-
-def class_log_weights(batch: ContrastiveBatch) -> Tensor:
-    """b of a key of class j as an anchor of another class meets it [C]: log n_j (eq. 4-6) − log count[j] (eq. 3, 5)."""
-    dtype = accumulation_dtype(batch)
-    log_weights = torch.zeros(batch.num_classes, dtype=dtype, device=batch.labels.device)
-    if batch.class_counts is not None:
-        log_weights = log_weights + batch.class_counts.to(dtype).log()
-    if batch.class_average:
-        # A class without a key has no b; 1 keeps its logarithm finite.
-        log_weights = log_weights - keys_per_class(batch).clamp(min=1).to(dtype).log()
-    return log_weights
-
-
-def own_class_log_weights(batch: ContrastiveBatch) -> Tensor:
-    """What b gains on keys of the anchor's own class [N]: log count − log(count − 1), the anchor being left out."""
-    count = keys_per_class(batch)[batch.labels].to(accumulation_dtype(batch))
-    return torch.where(count > 1, count.log() - (count - 1).clamp(min=1).log(), 0.0)
-
-
 def ranks(labels: Tensor) -> Tensor:
-    """Any integers as class indices in [0, N), like `unique`'s inverse but without its host synchronisation."""
+    """Returns any integers [N] as numbers in [0, N), like `unique`'s inverse but without its host synchronisation."""
     ordered, order = labels.long().sort()
     is_next = torch.zeros_like(ordered)
     is_next[1:] = (ordered[1:] != ordered[:-1]).long()

@@ -1,4 +1,4 @@
-"""Every input of the loss, checked at the door: what was wrong, what was expected, how to mend it.
+"""Checks every input of the loss: errors say what was wrong, what was expected, and how to mend it.
 
 Shapes, dtypes and devices are always checked. Values are checked where that costs no host-device synchronisation
 (tensors on the CPU, outside torch.compile), and everywhere with `validate=True`.
@@ -19,7 +19,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_features(features: Tensor) -> None:
-    """[N, D] or [B, V, D], floating point."""
+    """Raises unless features are [N, D] or [B, V, D], floating point."""
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
     if features.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -34,7 +34,7 @@ def check_features(features: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, features: Tensor) -> None:
-    """[N] for features [N, D], [B] for features [B, V, D]; any integer dtype, on the features' device."""
+    """Raises unless labels are integers, [N] for features [N, D] and [B] for [B, V, D], on the features' device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor of integers, got {type(labels).__name__}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
@@ -53,7 +53,7 @@ def check_labels(labels: Tensor, features: Tensor) -> None:
 
 
 def check_label_values(labels: Tensor, num_classes: int, validate: bool = False) -> None:
-    """Each label in [0, num_classes)."""
+    """Raises ValueError for a label outside [0, num_classes), where values can be read."""
     if not _values_can_be_read(labels, validate) or not labels.numel():
         return
     labels = labels.long()  # unsigned integers have no minimum in PyTorch
@@ -67,7 +67,7 @@ def check_label_values(labels: Tensor, num_classes: int, validate: bool = False)
 
 
 def check_prototypes(prototypes: Tensor, features: Tensor) -> None:
-    """[C, D], floating point, with the features' D and device."""
+    """Raises unless prototypes are [C, D], floating point, with the features' D and device."""
     if not isinstance(prototypes, Tensor):
         raise TypeError(f"prototypes must be a torch.Tensor [C, D], got {type(prototypes).__name__}")
     if not prototypes.dtype.is_floating_point:
@@ -82,7 +82,7 @@ def check_prototypes(prototypes: Tensor, features: Tensor) -> None:
 
 
 def check_class_counts(class_counts: Tensor, rebalance: bool, validate: bool = False) -> None:
-    """[C] numbers; all above 0 where `rebalance` takes their logarithm."""
+    """Raises unless class_counts are [C] numbers, all above 0 where `rebalance` takes their logarithm."""
     _check_class_vector("class_counts", class_counts)
     if not rebalance or not _values_can_be_read(class_counts, validate):
         return
@@ -97,7 +97,7 @@ def check_class_counts(class_counts: Tensor, rebalance: bool, validate: bool = F
 
 
 def check_compression(compression: Tensor, validate: bool = False) -> None:
-    """[C] finite factors, none below 0."""
+    """Raises unless compression is [C] finite factors, none below 0."""
     _check_class_vector("compression", compression)
     if not _values_can_be_read(compression, validate):
         return
@@ -110,14 +110,14 @@ def check_compression(compression: Tensor, validate: bool = False) -> None:
 
 
 def check_class_rows_agree(rows: dict[str, int]) -> None:
-    """class_counts, prototypes and compression, those that are given, speak of the same number of classes."""
+    """Raises ValueError where class_counts, prototypes and compression have different numbers of classes."""
     if len(set(rows.values())) > 1:
         found = ", ".join(f"{name} has {count}" for name, count in rows.items())
         raise ValueError(f"class_counts, prototypes and compression must have one row per class alike; {found}")
 
 
 def check_temperature(temperature: float) -> None:
-    """A finite number above 0."""
+    """Raises unless temperature is a finite number above 0."""
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a Python number, got {type(temperature).__name__}")
     if not (math.isfinite(temperature) and temperature > 0):
@@ -125,13 +125,13 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """One of a few names."""
+    """Raises ValueError for a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def check_group(group: Any) -> None:
-    """None, or a process group that this process is a member of."""
+    """Raises unless group is None, or a process group that this process is a member of."""
     if group is None:
         return
     if group is distributed.GroupMember.NON_GROUP_MEMBER:
@@ -144,7 +144,7 @@ def check_group(group: Any) -> None:
 
 
 def as_class_vector(name: str, values: Any, device: torch.device | None = None) -> Tensor:
-    """A list, array or tensor of one number per class, as a tensor on `device`; a tensor must already be there."""
+    """Returns a list, array or tensor of one number per class as a tensor on `device`, where a tensor must be."""
     if isinstance(values, Tensor):
         if device is not None:
             _check_device(name, values, device)

@@ -13,7 +13,7 @@ from rcl_fast.weights import effective_number_weights, log_prior
 
 
 class CrossEntropy(nn.Module):
-    """Plain cross-entropy of logits [N, C] and labels [N]: the mean over the batch, a scalar."""
+    """Plain cross-entropy of logits [N, C] and labels [N]; returns the mean over the batch, a scalar."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels)
@@ -105,10 +105,11 @@ class LDAM(nn.Module):
         self.beta = beta
 
     def reweight(self) -> None:
-        """From here on each class counts by its effective number (DRW)."""
+        """Weights each class by its effective number from here on (DRW)."""
         self.class_weights.copy_(effective_number_weights(self.class_counts, self.beta))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits [N, C] of a cosine classifier with the same scale, labels [N] -> the weighted mean over the batch."""
-        own = F.one_hot(labels, logits.shape[1]).to(torch.float32)
-        return F.cross_entropy(logits.float() - own * self.margins[labels, None], labels, weight=self.class_weights)
+        is_label = F.one_hot(labels, logits.shape[1]).to(torch.float32)
+        margins = is_label * self.margins[labels, None]
+        return F.cross_entropy(logits.float() - margins, labels, weight=self.class_weights)

@@ -1,31 +1,30 @@
-"""The loss of all processes' anchors together, each process computing its own anchors' part.
+"""The loss of all processes' anchors together; each process computes the part of its local anchors.
 
-Every process gathers features and labels, then lse and losses (two numbers an anchor). The gradient of its own
-features it then has whole, their terms in other processes' losses included: no gradient travels, and the backward
-pass waits for nobody. The equations are in backends/README.md.
+Every process gathers features and labels, then lse and losses (two numbers an anchor). With these it has the whole
+gradient of its local features, their terms in other processes' losses included: no gradient travels, and the backward
+pass of a scalar waits for nobody. The equations are in backends/README.md.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from rcl_fast.backends import dense, reference, tiled
-from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, with_class_indices, without_autocast
+from rcl_fast.backends import select
+from rcl_fast.backends.protocol import Backend
+from rcl_fast.batch import ContrastiveBatch, with_class_indices, without_autocast
 
 HEADER_BYTES, LABEL_BYTES = 16, 8
 ALIGNMENT = 16  # bytes; of each block in a buffer, so that its numbers can be viewed where they lie
 
 
 def bytes_sent(anchors: int, dimensions: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that one process gives to its collectives in one step, forward and backward, of any reduction.
+    """Returns the bytes that one process gives to its collectives in one step, forward and backward, of any reduction.
 
     anchors: of the process that has most of them, as others are padded to it. A ring carries W − 1 times as much
     through each process of W. Prototypes are everyone's already and stay where they are.
@@ -37,11 +36,11 @@ def bytes_sent(anchors: int, dimensions: int, dtype: torch.dtype = torch.float32
 
 @torch.compiler.disable  # sizes of other processes are known at run time only
 def contrastive_loss(batch: ContrastiveBatch, reduction: str, backend: str, group: ProcessGroup) -> Tensor:
-    """The loss of the anchors of all processes in `group`: a scalar, the same in each; for "none" [N] of its own.
+    """Returns the loss of the anchors of all processes in `group`: the same scalar in each; for "none" the local [n].
 
-    With W processes the gradients are W times the true ones: of its own features, as their part in everyone's loss; of
-    the prototypes, which every process holds alike, by its own anchors' losses. DistributedDataParallel divides their
-    sum by W, which gives the gradients of one process with the whole batch.
+    With W processes the gradients are W times the true ones: of the local features, as their part in everyone's loss;
+    of the prototypes, which every process holds alike, by the local anchors' losses. DistributedDataParallel divides
+    their sum by W, which gives the gradients of one process with the whole batch.
 
     Every process of the group must call it as often as the others, and scale the scalar alike before backward; for
     "none" it must run backward as often, too. Local batches may be uneven or empty. `batch` is this process's.
@@ -50,57 +49,13 @@ def contrastive_loss(batch: ContrastiveBatch, reduction: str, backend: str, grou
     Raises:
         RuntimeError: in every process, where they do not agree on options, dtypes or widths.
     """
-    sizes = _agreed_sizes(batch, reduction, backend, group)
-    features, labels = _gathered([batch.features.detach(), batch.labels], sizes, group)
+    sizes = _all_gather_sizes(batch, reduction, backend, group)
+    features, labels = _all_gather([batch.features.detach(), batch.labels], sizes, group)
     everyone = with_class_indices(batch._replace(features=features, labels=labels))
-    call = _Call(everyone, sizes, _rows_of(backend), group)
+    call = _Call(everyone, sizes, select.get(backend), group)
     if reduction == "none":
-        return _OwnLosses.apply(batch.features, batch.prototypes, call)
-    counted = (positives_per_anchor(everyone) > 0).sum().double()
-    weight = 1 / counted.clamp(min=1) if reduction == "mean" else torch.ones_like(counted)
-    return _WeightedTotal.apply(batch.features, batch.prototypes, weight, call)
-
-
-class _Rows(NamedTuple):
-    """How a backend computes the losses of the first rows of a batch, and their gradients: see backends/tiled.py."""
-
-    forward: Callable[[ContrastiveBatch, int], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
-    backward: Callable[[ContrastiveBatch, int, tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, Tensor | None]]
-
-
-def _rows_of(backend: str) -> _Rows:
-    if backend == "tiled":
-        return _Rows(tiled.forward_rows, tiled.backward_rows)
-    if backend == "triton":
-        from rcl_fast.backends import triton  # needs Triton, which not every platform has
-
-        return _Rows(triton.forward_rows, triton.backward_rows)
-    return _rows_of_all_losses({"dense": dense, "reference": reference}[backend])
-
-
-def _rows_of_all_losses(module: ModuleType) -> _Rows:
-    """By autograd through the losses of all anchors: obvious, and as much work in each process as in one alone."""
-
-    def forward(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        losses = module.contrastive_loss(batch)[:rows]
-        return losses, torch.zeros_like(losses), ()  # autograd needs no lse
-
-    def backward(
-        batch: ContrastiveBatch, rows: int, saved: tuple[Tensor, ...], lse: Tensor, upstream: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        with torch.enable_grad():
-            batch = batch._replace(features=batch.features.detach().requires_grad_())
-            if batch.prototypes is not None:
-                batch = batch._replace(prototypes=batch.prototypes.detach().requires_grad_())
-            losses = module.contrastive_loss(batch)
-        (for_features,) = torch.autograd.grad(losses, batch.features, upstream, retain_graph=True)
-        if batch.prototypes is None:
-            return for_features[:rows], None
-        own_upstream = torch.where(torch.arange(len(upstream), device=upstream.device) < rows, upstream, 0.0)
-        (for_prototypes,) = torch.autograd.grad(losses, batch.prototypes, own_upstream)
-        return for_features[:rows], for_prototypes
-
-    return _Rows(forward, backward)
+        return _LocalLosses.apply(batch.features, batch.prototypes, call)
+    return _Total.apply(batch.features, batch.prototypes, reduction, call)
 
 
 class _Call(NamedTuple):
@@ -108,27 +63,27 @@ class _Call(NamedTuple):
 
     everyone: ContrastiveBatch  # all anchors, this process's first, and what is everyone's
     sizes: list[int]  # anchors of each process
-    rows_of: _Rows
+    backend: Backend
     group: ProcessGroup
 
     def gradients(
-        self, own: tuple[Tensor | None, ...], saved: tuple[Tensor, ...], lse: Tensor, upstream: Tensor
+        self, leaves: tuple[Tensor | None, ...], saved: tuple[Any, ...], lse: Tensor, grad_losses: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """W times those of the own features and prototypes; lse and upstream are of all anchors."""
+        """Returns W times the gradients of local features and prototypes; lse and grad_losses are of all anchors."""
         this = self.sizes[distributed.get_rank(self.group)]
-        gradients = self.rows_of.backward(self.everyone, this, saved, lse, upstream)
+        gradients = self.backend.backward_rows(self.everyone, this, saved, lse, grad_losses)
         return tuple(
             None if leaf is None or gradient is None else (gradient * len(self.sizes)).to(leaf.dtype)
-            for leaf, gradient in zip(own, gradients, strict=True)
+            for leaf, gradient in zip(leaves, gradients, strict=True)
         )
 
 
-class _OwnLosses(torch.autograd.Function):
-    """ℓ_i of this process's anchors, whose upstream weights are known in the backward pass only."""
+class _LocalLosses(torch.autograd.Function):
+    """Computes ℓ_i of the local anchors; what each counts for is known in the backward pass only."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, prototypes: Tensor | None, call: _Call) -> Tensor:
-        losses, lse, saved = call.rows_of.forward(call.everyone, len(features))
+        losses, lse, saved = call.backend.forward_rows(call.everyone, len(features))
         ctx.save_for_backward(features, prototypes, lse, *saved)
         ctx.call = call
         return losses
@@ -136,20 +91,22 @@ class _OwnLosses(torch.autograd.Function):
     @staticmethod
     @without_autocast
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         features, prototypes, lse, *saved = ctx.saved_tensors
         call: _Call = ctx.call
-        lse, upstream = _gathered([lse, upstream.to(lse.dtype)], call.sizes, call.group)
-        return *call.gradients((features, prototypes), tuple(saved), lse, upstream), None
+        lse, grad_losses = _all_gather([lse, grad_output.to(lse.dtype)], call.sizes, call.group)
+        return *call.gradients((features, prototypes), tuple(saved), lse, grad_losses), None
 
 
-class _WeightedTotal(torch.autograd.Function):
-    """weight · Σ_i ℓ_i of everyone's anchors; being scaled alike everywhere, its backward pass needs nobody."""
+class _Total(torch.autograd.Function):
+    """Computes the sum or mean of everyone's ℓ_i; grad_output is the same everywhere, so backward needs nobody."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, prototypes: Tensor | None, weight: Tensor, call: _Call) -> Tensor:
-        losses, lse, saved = call.rows_of.forward(call.everyone, len(features))
-        lse, losses = _gathered([lse, losses], call.sizes, call.group)
+    def forward(ctx: Any, features: Tensor, prototypes: Tensor | None, reduction: str, call: _Call) -> Tensor:
+        losses, lse, saved = call.backend.forward_rows(call.everyone, len(features))
+        lse, losses = _all_gather([lse, losses], call.sizes, call.group)
+        with_positive = (lse != torch.inf).sum().double()
+        weight = 1 / with_positive.clamp(min=1) if reduction == "mean" else torch.ones_like(with_positive)
         ctx.save_for_backward(features, prototypes, weight, lse, *saved)
         ctx.call = call
         total = _in_order(losses, call).sum(dtype=torch.float64) * weight
@@ -158,33 +115,33 @@ class _WeightedTotal(torch.autograd.Function):
     @staticmethod
     @without_autocast
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         features, prototypes, weight, lse, *saved = ctx.saved_tensors
-        upstreams = (upstream * weight).to(lse.dtype).expand(len(lse))
-        return *ctx.call.gradients((features, prototypes), tuple(saved), lse, upstreams), None, None
+        grad_losses = (grad_output * weight).to(lse.dtype).expand(len(lse))
+        return *ctx.call.gradients((features, prototypes), tuple(saved), lse, grad_losses), None, None
 
 
 def _in_order(rows: Tensor, call: _Call) -> Tensor:
-    """Rows of all anchors by process, so that their sum has the same bits in each."""
+    """Returns rows of all anchors in the order of the processes, so that their sum has the same bits in each."""
     this = distributed.get_rank(call.group)
-    own, before = call.sizes[this], sum(call.sizes[:this])
-    return torch.cat([rows[own : own + before], rows[:own], rows[own + before :]])
+    local, before = call.sizes[this], sum(call.sizes[:this])
+    return torch.cat([rows[local : local + before], rows[:local], rows[local + before :]])
 
 
-def _agreed_sizes(batch: ContrastiveBatch, reduction: str, backend: str, group: ProcessGroup) -> list[int]:
-    """Anchors of each process; raises RuntimeError where the processes' calls differ in anything else."""
+def _all_gather_sizes(batch: ContrastiveBatch, reduction: str, backend: str, group: ProcessGroup) -> list[int]:
+    """Returns the anchors of each process; raises RuntimeError where the processes' calls differ in anything else."""
     facts = _facts(batch, reduction, backend)
     header = torch.tensor([len(batch.features), _digest(facts)], device=batch.features.device)
     headers = header.new_empty(distributed.get_world_size(group) * len(header))
     distributed.all_gather_into_tensor(headers, header, group=group)
     sizes, digests = headers.view(-1, len(header)).T.tolist()
     if len(set(digests)) > 1:
-        raise RuntimeError(_difference(facts, group))
+        raise RuntimeError(_all_gather_difference(facts, group))
     return sizes
 
 
 def _facts(batch: ContrastiveBatch, reduction: str, backend: str) -> dict[str, str]:
-    """What must be the same in every process, by the name that a person knows it by."""
+    """Returns what must be the same in every process, by the name that a person knows it by."""
     facts = {
         "the width of the features": batch.features.shape[1],
         "the dtype of the features": batch.features.dtype,
@@ -202,11 +159,12 @@ def _facts(batch: ContrastiveBatch, reduction: str, backend: str) -> dict[str, s
 
 
 def _digest(facts: dict[str, str]) -> int:
-    """A number that tells facts apart, the same in every process, which Python's own hash is not."""
+    """Returns a number that tells facts apart, the same in every process, which Python's hash is not."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "little")
 
 
-def _difference(facts: dict[str, str], group: ProcessGroup) -> str:
+def _all_gather_difference(facts: dict[str, str], group: ProcessGroup) -> str:
+    """Returns what differs first between the processes, as a sentence."""
     everyones: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(everyones, facts, group=group)
     for process, others in enumerate(everyones):
@@ -219,10 +177,10 @@ def _difference(facts: dict[str, str], group: ProcessGroup) -> str:
     raise AssertionError("unreachable: their digests differ")
 
 
-def _gathered(parts: list[Tensor], sizes: list[int], group: ProcessGroup) -> list[Tensor]:
-    """Each tensor [n, ...] of all processes as one [N, ...], this process's rows first. One collective of bytes.
+def _all_gather(parts: list[Tensor], sizes: list[int], group: ProcessGroup) -> list[Tensor]:
+    """Returns each tensor [n, ...] of all processes as one [N, ...], the local rows first. One collective of bytes.
 
-    Local sizes being uneven, all are padded to the largest.
+    Local sizes may be uneven: all are padded to the largest.
     """
     largest, processes, this = max(sizes), len(sizes), distributed.get_rank(group)
     if largest == 0:
@@ -234,10 +192,10 @@ def _gathered(parts: list[Tensor], sizes: list[int], group: ProcessGroup) -> lis
         block[: len(part) * width].view(part.dtype).copy_(part.reshape(-1))
     everyones = mine.new_empty(processes, len(mine))
     distributed.all_gather_into_tensor(everyones.view(-1), mine, group=group)
-    own_first = [this, *(process for process in range(processes) if process != this)]
+    local_first = [this, *(process for process in range(processes) if process != this)]
     gathered = []
     for part, width, block in zip(parts, widths, everyones.split(blocks, dim=1), strict=True):
-        rows = (block[process, : sizes[process] * width].view(part.dtype) for process in own_first)
+        rows = (block[process, : sizes[process] * width].view(part.dtype) for process in local_first)
         gathered.append(torch.cat(list(rows)).view(-1, *part.shape[1:]))
     return gathered
 

@@ -1,4 +1,4 @@
-"""The one door to the loss: checks the input, picks the backend."""
+"""The one door to the loss: checks the input, and hands it to a backend."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rcl_fast import checks, distributed
-from rcl_fast.backends import dense, reference, select, tiled
-from rcl_fast.batch import ContrastiveBatch, positives_per_anchor, with_class_indices
-
-BACKENDS = ("auto", "triton", "tiled", "dense", "reference")
+from rcl_fast import checks
+from rcl_fast.backends import select
+from rcl_fast.batch import ContrastiveBatch, with_class_indices
 
 
 def contrastive_loss(
@@ -31,7 +29,7 @@ def contrastive_loss(
     group: ProcessGroup | None = None,
     validate: bool = False,
 ) -> Tensor:
-    """Supervised contrastive loss for long-tailed classes: SCL, BCL, and either with RCL.
+    """Returns the supervised contrastive loss for long-tailed classes: SCL, BCL, and either with RCL.
 
     For anchor i with label y_i, over the keys k (all anchors but i, and the prototypes)::
 
@@ -75,7 +73,7 @@ def contrastive_loss(
     ...                         class_average=True, rebalance=True)                    # BCL+RCL
     """
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    checks.check_choice("backend", backend, BACKENDS)
+    checks.check_choice("backend", backend, select.BACKENDS)
     checks.check_group(group)
     batch = _checked_batch(
         features,
@@ -89,40 +87,26 @@ def contrastive_loss(
         normalize=normalize,
         validate=validate,
     )
-    # The products are the loss's own business: autocast would round its similarities to 16 bits.
-    with torch.autocast(features.device.type, enabled=False):
-        if backend == "auto":
-            backend = _automatic(batch)
-        if group is not None:
-            return distributed.contrastive_loss(batch, reduction, backend, group)
-        return _reduced(with_class_indices(batch), reduction, backend)
+    with torch.autocast(features.device.type, enabled=False):  # it would round the similarities to 16 bits
+        return _loss(batch, reduction, backend, group)
+
+
+def _loss(batch: ContrastiveBatch, reduction: str, backend: str, group: ProcessGroup | None) -> Tensor:
+    if backend == "auto":
+        backend = _automatic(batch)
+    if group is not None:
+        from rcl_fast import distributed  # its decorator loads torch._dynamo, for seconds
+
+        return distributed.contrastive_loss(batch, reduction, backend, group)
+    batch, chosen = with_class_indices(batch), select.get(backend)
+    return chosen.losses(batch) if reduction == "none" else chosen.total(batch, reduction)
 
 
 def _automatic(batch: ContrastiveBatch) -> str:
+    """Returns the name of the backend that "auto" stands for."""
     features, prototypes = batch.features, batch.prototypes
     dtype = features.dtype if prototypes is None else torch.promote_types(features.dtype, prototypes.dtype)
     return select.automatic(features.device, dtype)
-
-
-def _reduced(batch: ContrastiveBatch, reduction: str, backend: str) -> Tensor:
-    if backend == "triton":
-        from rcl_fast.backends import triton  # needs Triton, which not every platform has
-
-        if reduction == "none":
-            return triton.contrastive_loss(batch)
-        return triton.reduced_contrastive_loss(batch, reduction)
-    if backend == "tiled" and reduction != "none":
-        return tiled.weighted_contrastive_loss(batch, _reduction_weights(batch, reduction))
-    losses = {"tiled": tiled, "dense": dense, "reference": reference}[backend].contrastive_loss(batch)
-    if reduction == "none":
-        return losses
-    return (losses * _reduction_weights(batch, reduction).to(losses.dtype)).sum()
-
-
-def _reduction_weights(batch: ContrastiveBatch, reduction: str) -> Tensor:
-    """[N] float64: what each anchor's loss counts for; "mean" is over the anchors that have a positive."""
-    weights = (positives_per_anchor(batch) > 0).double()
-    return weights / weights.sum().clamp(min=1) if reduction == "mean" else weights
 
 
 def _checked_batch(

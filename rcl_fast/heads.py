@@ -1,4 +1,4 @@
-"""What stands on the backbone: the projection head, the prototypes' head, the cosine classifier."""
+"""The modules on top of the backbone: projection head, prototypes' head, cosine classifier."""
 
 from __future__ import annotations
 

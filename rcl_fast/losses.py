@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from rcl_fast import checks
+from rcl_fast.backends import select
 from rcl_fast.cross_entropy import LDAM, BalancedSoftmax, CBFocal, CrossEntropy, LogitAdjusted
-from rcl_fast.functional import BACKENDS, contrastive_loss
+from rcl_fast.functional import contrastive_loss
+from rcl_fast.presets import PRESETS, Preset
 
 __all__ = [
     "LDAM",
@@ -22,22 +24,6 @@ __all__ = [
     "LogitAdjusted",
     "Preset",
 ]
-
-
-class Preset(NamedTuple):
-    """A named loss of the paper."""
-
-    class_average: bool
-    rebalance: bool
-    prototypes: bool
-
-
-PRESETS = {
-    "scl": Preset(class_average=False, rebalance=False, prototypes=False),
-    "bcl": Preset(class_average=True, rebalance=False, prototypes=True),
-    "scl_rcl": Preset(class_average=False, rebalance=True, prototypes=False),
-    "bcl_rcl": Preset(class_average=True, rebalance=True, prototypes=True),
-}
 
 
 class ContrastiveLoss(nn.Module):
@@ -72,7 +58,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         checks.check_temperature(temperature)
         checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-        checks.check_choice("backend", backend, BACKENDS)
+        checks.check_choice("backend", backend, select.BACKENDS)
         checks.check_group(group)
         if class_counts is not None:
             class_counts = checks.as_class_vector("class_counts", class_counts).clone()
@@ -94,7 +80,7 @@ class ContrastiveLoss(nn.Module):
 
     @classmethod
     def preset(cls, name: str, class_counts: Tensor | Sequence[int], **options: Any) -> ContrastiveLoss:
-        """One of the paper's losses: "scl", "bcl", "scl_rcl" (its "RCL") or "bcl_rcl" (its "BCL+RCL").
+        """Returns one of the paper's losses: "scl", "bcl", "scl_rcl" (its "RCL") or "bcl_rcl" (its "BCL+RCL").
 
         >>> criterion = ContrastiveLoss.preset("bcl_rcl", class_counts)
         >>> loss = criterion(features, labels, prototypes)
@@ -109,7 +95,7 @@ class ContrastiveLoss(nn.Module):
         return loss
 
     def set_compression(self, compression: Tensor | Sequence[float] | None) -> None:
-        """New factors [C] for the unit features of each class (section 3.3.2); None: 1 everywhere."""
+        """Sets the factors [C] on the unit features of each class (section 3.3.2); None: 1 everywhere."""
         if compression is not None:
             compression = checks.as_class_vector("compression", compression).clone()
             checks.check_compression(compression, validate=True)
@@ -120,7 +106,7 @@ class ContrastiveLoss(nn.Module):
         self.compression = compression
 
     def forward(self, features: Tensor, labels: Tensor, prototypes: Tensor | None = None) -> Tensor:
-        """features [N, D] or [B, V, D], labels [N] or [B], prototypes [C, D] -> a scalar, or [N] for "none"."""
+        """Returns a scalar, or [N] for "none"; features [N, D] or [B, V, D], labels [N] or [B], prototypes [C, D]."""
         if self.needs_prototypes is not None and self.needs_prototypes != (prototypes is not None):
             wants = "needs prototypes [C, D]" if self.needs_prototypes else "is defined without prototypes"
             raise ValueError(f"this preset {wants}; ContrastiveLoss(...) without a preset takes either")

@@ -1,5 +1,5 @@
-"""What long-tailed classifiers are judged by: accuracies per class and their means, from one confusion matrix, and
-how far their confidence is to be trusted, from one table of bins. Both add up over batches and processes."""
+"""Judges long-tailed classifiers: accuracies per class and their means from one confusion matrix, and how far their
+confidence is to be trusted from one table of bins. Both add up over batches and processes."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ CALIBRATION_BINS = 15  # those of Guo et al.
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """int64 [C, C]: entry (i, j) counts the samples of class i that were called j."""
+    """Returns int64 [C, C]: entry (i, j) counts the samples of class i that were predicted as j."""
     pairs = labels.long() * num_classes + predictions.long()
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def per_class_accuracy(confusion: Tensor) -> Tensor:
-    """float64 [C], fractions; NaN for a class without a sample."""
+    """Returns each class's accuracy as a fraction, float64 [C]; NaN for a class without a sample."""
     return confusion.diagonal().double() / confusion.sum(dim=1)
 
 
 def per_class_precision(confusion: Tensor) -> Tensor:
-    """float64 [C], the share of each class's predictions that are right; NaN for a class that is never predicted."""
+    """Returns the share of each class's predictions that are right, float64 [C]; NaN for a class never predicted."""
     return confusion.diagonal().double() / confusion.sum(dim=0)
 
 
 def balanced_accuracy(class_accuracy: Tensor) -> float:
-    """The arithmetic mean over the classes that have samples."""
+    """Returns the arithmetic mean over the classes that have samples."""
     return class_accuracy.nanmean().item()
 
 
 def harmonic_mean(class_accuracy: Tensor) -> float:
-    """The harmonic mean over the classes that have samples; 0 where one class is at 0."""
+    """Returns the harmonic mean over the classes that have samples; 0 where one class is at 0."""
     return 1 / (1 / class_accuracy).nanmean().item()
 
 
 def geometric_mean(class_accuracy: Tensor) -> float:
-    """The geometric mean over the classes that have samples; 0 where one class is at 0."""
+    """Returns the geometric mean over the classes that have samples; 0 where one class is at 0."""
     return class_accuracy.log().nanmean().exp().item()
 
 
 def worst_class_accuracy(class_accuracy: Tensor) -> float:
-    """The lowest accuracy of a class that has samples."""
+    """Returns the lowest accuracy of a class that has samples."""
     return class_accuracy[~class_accuracy.isnan()].min().item()
 
 
 def classes_at_zero(class_accuracy: Tensor) -> int:
-    """How many classes are never recognised."""
+    """Returns how many classes are never recognised."""
     return int((class_accuracy == 0).sum())
 
 
 def group_accuracies(class_accuracy: Tensor, class_counts: Tensor) -> dict[str, float | None]:
-    """Mean accuracy of the many, medium and few classes by training images; None for a group without classes."""
+    """Returns the mean accuracy of the many, medium and few classes by training images; None for an empty group."""
     groups = {
         "many": class_counts > MANY_ABOVE,
         "medium": (class_counts >= FEW_BELOW) & (class_counts <= MANY_ABOVE),
@@ -66,7 +66,7 @@ def group_accuracies(class_accuracy: Tensor, class_counts: Tensor) -> dict[str, 
 
 
 def reliability(probabilities: Tensor, labels: Tensor, num_bins: int = CALIBRATION_BINS) -> Tensor:
-    """Samples by their confidence, the largest probability, in bins of equal width (Guo et al., ICML 2017, section 2).
+    """Counts samples by confidence, the largest probability, in equal bins (Guo et al., ICML 2017, section 2).
 
     Args:
         probabilities: floats [N, C], rows that sum to 1. Of logits: `logits.float().softmax(dim=1)`.
@@ -84,7 +84,7 @@ def reliability(probabilities: Tensor, labels: Tensor, num_bins: int = CALIBRATI
 
 
 def expected_calibration_error(bins: Tensor) -> float:
-    """Mean over the samples of |accuracy − confidence| of their bin, from `reliability`'s [M, 3] (Guo et al., eq. 3).
+    """Returns the mean over samples of |accuracy − confidence| of their bin, from `reliability` (Guo et al., eq. 3).
 
     NaN where there is no sample.
     """
@@ -92,7 +92,7 @@ def expected_calibration_error(bins: Tensor) -> float:
 
 
 def summary(confusion: Tensor, class_counts: Tensor, bins: Tensor | None = None) -> dict[str, float | int | None]:
-    """Every figure above by its name, as plain numbers; the calibration error where `bins` (of `reliability`) are."""
+    """Returns every figure above by its name, as plain numbers; the calibration error where `bins` are given."""
     accuracy = per_class_accuracy(confusion)
     return {
         "balanced_accuracy": balanced_accuracy(accuracy),

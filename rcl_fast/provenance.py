@@ -1,4 +1,4 @@
-"""What a figure came from, machine, versions and commit: every row of results carries it."""
+"""Says what a figure came from, machine, versions and commit: every row of results carries it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def describe() -> dict[str, str | int]:
-    """Machine, versions and commit, as plain values."""
+    """Returns machine, versions and commit, as plain values."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
@@ -25,7 +25,7 @@ def describe() -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """The commit of the working tree, marked where the tree differs from it; a copy without git has RCL_COMMIT."""
+    """Returns the working tree's commit, marked where the tree differs from it; a copy without git has RCL_COMMIT."""
     if "RCL_COMMIT" in os.environ:
         return os.environ["RCL_COMMIT"]
     here = Path(__file__).resolve().parent  # bench/gpu.sh imports it by way of a link

@@ -1,4 +1,4 @@
-"""From what is known of each class to the weights that the losses give it."""
+"""Makes the weights that losses give to each class, of its training images or its accuracy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rcl_fast import checks
 
 
 def log_prior(class_counts: Tensor) -> Tensor:
-    """log π_j = log(n_j / Σ n), float32 [C], of the training images a class (all above 0)."""
+    """Returns log π_j = log(n_j / Σ n), float32 [C], of the training images a class (all above 0)."""
     checks.check_class_counts(class_counts, rebalance=True)
     counts = class_counts.double()
     return (counts / counts.sum()).log().float()
 
 
 def effective_number_weights(class_counts: Tensor, beta: float = 0.9999) -> Tensor:
-    """(1 − β) / (1 − β^n_j), scaled to a mean of 1, float32 [C] (Cui et al., CVPR 2019, eq. 2-4)."""
+    """Returns (1 − β) / (1 − β^n_j), scaled to a mean of 1, float32 [C] (Cui et al., CVPR 2019, eq. 2-4)."""
     checks.check_class_counts(class_counts, rebalance=True)
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), got {beta}")
@@ -27,7 +27,7 @@ def effective_number_weights(class_counts: Tensor, beta: float = 0.9999) -> Tens
 def compression_factors(
     class_accuracy: Tensor, *, under: float = 1.0, rest: float = 0.005, threshold: float = 0.2
 ) -> Tensor:
-    """Factor of each class on its unit features, float32 [C] (paper, section 3.3.2).
+    """Returns the factor of each class on its unit features, float32 [C] (paper, section 3.3.2).
 
     Args:
         class_accuracy: [C] fractions in [0, 1], on the validation set; NaN for a class without images there, which

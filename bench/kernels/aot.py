@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from rcl_fast.kernels import block_sizes
 from rcl_fast.kernels.backward_narrow import backward_kernel
 from rcl_fast.kernels.backward_norm import project_kernel
-from rcl_fast.kernels.backward_wide import weights_kernel
+from rcl_fast.kernels.backward_wide import dlogits_kernel
 from rcl_fast.kernels.block_size_table import TABLE
 from rcl_fast.kernels.forward import forward_kernel
 from rcl_fast.kernels.forward_combine import combine_kernel
@@ -51,13 +51,13 @@ KERNELS = {
     "forward": forward_kernel,
     "combine": combine_kernel,
     "backward": backward_kernel,
-    "weights": weights_kernel,
+    "dlogits": dlogits_kernel,
     "project": project_kernel,
 }
 POINTERS = {
     "p_labels": "*i64", "p_class_counts": "*i64", "p_compression": "*fp32", "p_histogram": "*i32",
     "p_key_labels": "*i32", "p_vectors": "*fp32", "p_partials": "*fp32", "p_parts": "*fp32", "p_loss": "*fp32",
-    "p_lse": "*fp32", "p_upstream": "*fp32", "p_gain": "*fp32",
+    "p_lse": "*fp32", "p_grad_output": "*fp32", "p_grad_scale": "*fp32",
 }  # fmt: skip
 FLOATS = ("root",)
 ALIGNED_INTEGERS = ("key_stride",)
@@ -233,7 +233,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=block_sizes.ARCHITECTURES)
     parser.add_argument("--kernel", choices=KERNELS)
-    parser.add_argument("--kind", choices=block_sizes.KINDS)
+    parser.add_argument("--kind", choices=block_sizes.MATH_MODES)
     parser.add_argument("--width", type=int)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS} for everything, stdout for a part")

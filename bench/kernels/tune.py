@@ -38,6 +38,7 @@ from bench.kernels import aot
 from bench.rows import append, spread
 from rcl_fast.kernels import block_sizes, passes
 from rcl_fast.kernels.block_sizes import Config
+from rcl_fast.kernels.pack import KernelInputs, Packed
 
 TABLE_FILE = Path(__file__).resolve().parents[2] / "kernels" / "block_size_table.py"
 SIZES = {"large": 0, "small": -1}  # where an entry of the table holds the tile
@@ -60,7 +61,7 @@ LARGE = {
         (16, 32, 4),
         (16, 16, 4),
     ),
-    "weights": (
+    "dlogits": (
         (128, 128, 8),
         (128, 128, 16),
         (128, 64, 8),
@@ -116,7 +117,7 @@ def choices(
         Choice(kernel, arch, kind, width, size)
         for arch in archs
         for kernel in block_sizes.WIDTHS
-        for kind in block_sizes.kinds(arch)
+        for kind in block_sizes.math_modes(arch)
         for width in block_sizes.WIDTHS[kernel]
         for size in SIZES
         if (kernel, arch, kind, width) in aot.TABLE
@@ -265,15 +266,16 @@ def pass_of(choice: Choice, device: torch.device) -> Callable[[], object]:
     features = torch.randn(N, choice.width, device=device, dtype=dtype)
     prototypes = torch.randn(C, choice.width, device=device, dtype=dtype)
     labels = torch.randint(C, (N,), device=device)
-    upstream = torch.full((N,), 1 / N, device=device)
+    grad_output = torch.full((N,), 1 / N, device=device)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        return passes.forward(features, prototypes, labels, None, None, C, 0.1, True, True)
+        return passes.forward(KernelInputs(features, prototypes, labels, None, None, C, 0.1, True, True))
 
-    _, lse, keys, vectors, key_labels = forward()
+    _, lse, *packed = forward()
+    options = passes.BackwardOptions(choice.width, class_average=True, normalize=True, bounded=True)
 
     def backward() -> object:
-        return passes.backward(keys, vectors, key_labels, lse, upstream, choice.width, True, True, True, True, True)
+        return passes.backward(Packed(*packed), lse, grad_output, options, (True, True))
 
     return forward if choice.kernel == "forward" else backward
 
@@ -395,7 +397,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--kernel", action="append", choices=block_sizes.WIDTHS, help="may be given again; default: all"
     )
-    parser.add_argument("--kind", action="append", choices=block_sizes.KINDS, help="likewise")
+    parser.add_argument("--kind", action="append", choices=block_sizes.MATH_MODES, help="likewise")
     widths = sorted({width for known in block_sizes.WIDTHS.values() for width in known})
     parser.add_argument("--width", action="append", type=int, choices=widths, help="likewise")
     parser.add_argument("--size", action="append", choices=SIZES, help="likewise")

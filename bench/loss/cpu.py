@@ -79,7 +79,7 @@ def variants(case: Case, peer: Path | None) -> dict[str, Callable[[Inputs], Any]
 
 
 def ours_per_anchor(backend: str) -> Loss:
-    """Through reduction="none", whose upstream gradient is not known before backward."""
+    """Through reduction="none", whose grad_output is not known before backward."""
     losses = ours(backend, reduction="none")
     return lambda inputs: losses(inputs).mean()
 

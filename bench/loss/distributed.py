@@ -4,9 +4,9 @@
     python -m bench.loss.distributed --processes 2 --output FILE
 
 Variants, forward and backward, the same gradient of the features (checked before anything is timed):
-    ours                               own anchors against all keys; lse and weights travel backward
+    ours                               local anchors against all keys; lse and grad_losses travel backward
     gather with gradient, all rows     open_clip's default: every process computes the loss of all anchors
-    gather with gradient, own rows     open_clip's --local-loss: own anchors, and gradients of all features travel back
+    gather with gradient, own rows     open_clip's --local-loss: local anchors; gradients of all features travel back
 
 Rounds are interleaved, and each ends when the slowest process does; medians with p20 and p80. Bytes are what a process
 receives in a ring of W, which for a gather is (W − 1) times what each gives, and as much for a scatter of sums.
@@ -58,7 +58,7 @@ class Options:
 
 
 Step = Callable[[Inputs], Tensor]
-"""Local inputs -> a loss whose backward gives W times the true gradient of the own features."""
+"""Local inputs -> a loss whose backward gives W times the true gradient of the local features."""
 
 
 def ours(inputs: Inputs) -> Tensor:
@@ -70,8 +70,8 @@ def all_rows(inputs: Inputs) -> Tensor:
     return cases.ours("auto")(Inputs(features, labels, inputs.prototypes))
 
 
-def own_rows(inputs: Inputs) -> Tensor:
-    """Plain PyTorch: the n×M similarities of the own anchors."""
+def local_rows(inputs: Inputs) -> Tensor:
+    """Plain PyTorch: the n×M similarities of the local anchors."""
     n, start = len(inputs.labels), distributed.get_rank() * len(inputs.labels)
     labels = gathered_labels(inputs.labels)
     keys = F.normalize(torch.cat([*all_gather(inputs.features), inputs.prototypes]), dim=1)
@@ -95,7 +95,7 @@ def gathered_labels(labels: Tensor) -> Tensor:
 STEPS: dict[str, Step] = {
     "ours": ours,
     "gather with gradient, all rows": all_rows,
-    "gather with gradient, own rows": own_rows,
+    "gather with gradient, own rows": local_rows,
 }
 
 

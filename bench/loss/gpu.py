@@ -110,7 +110,7 @@ class Errors(NamedTuple):
     gradient: float
 
     def are_rounding(self, dtype: torch.dtype) -> bool:
-        """Loss and gradient are sums of float32 terms: sixty-four units of either. A gradient's weights and result are
+        """Loss and gradient are sums of float32 terms: sixty-four units of either. A gradient's dlogits and result are
         rounded to the dtype too, by half a unit each at most. A NaN is no rounding.
         """
         gradient = torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
@@ -257,12 +257,14 @@ def tiles(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any
     """The tiles that the kernels take in a case: those of the anchors' passes."""
     from rcl_fast.kernels import block_sizes
 
-    arch, kind = block_sizes.architecture(device), block_sizes.kind_of(dtype, block_sizes.architecture(device))
+    arch = block_sizes.architecture(device)
+    math_mode = block_sizes.math_mode_of(dtype, arch)
     width, keys = block_sizes.packed_width(case.dimensions), case.anchors + case.classes
-    second = "backward" if block_sizes.in_registers(arch, kind, width) else "weights"
-    return {
-        "tiles": {name: block_sizes.choose(name, arch, kind, width, case.anchors, keys) for name in ("forward", second)}
+    second = "backward" if block_sizes.in_registers(arch, math_mode, width) else "dlogits"
+    chosen = {
+        name: block_sizes.choose(name, arch, math_mode, width, case.anchors, keys) for name in ("forward", second)
     }
+    return {"tiles": chosen}
 
 
 def profile(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -80,7 +80,7 @@ def cost(way: str, world: int, a: Assumptions) -> Cost:
         parts = [8 * n, features, features]
         rows = n if way.endswith("own rows") else N
     wire = sum(gather_seconds(world, part, a) for part in parts)
-    # Forward 2·rows·M·D. Backward ours: similarities again, and one product for own rows and columns together; the
+    # Forward 2·rows·M·D. Backward ours: similarities again, and one product for local rows and columns together; the
     # usual way: one for the rows, one for the columns. The prototypes' gradient: one.
     products = {"ours": 6 * n * (N + C) + 4 * C * n}.get(way, 6 * rows * (N + C)) * D
     held = N * D * 2 if way == "ours" else 2 * N * D * 2

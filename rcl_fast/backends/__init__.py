@@ -1,1 +1,1 @@
-"""The same loss, computed in different ways; `rcl_fast.functional` picks one."""
+"""Different ways to compute the loss, a module each (protocol.py); `select.get` has them by name."""

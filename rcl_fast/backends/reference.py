@@ -1,18 +1,21 @@
-"""The equations line by line, in float64: the oracle of every test. Slow and obvious on purpose.
+"""Computes the equations line by line, in float64: the oracle of every test. Slow and obvious on purpose.
 
 Source: De Alvis, Denipitiyage, Seneviratne, "Long-Tail Learning with Rebalanced Contrastive Loss" (eq. 3-6).
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from rcl_fast.backends import from_losses
 from rcl_fast.batch import ContrastiveBatch
 
 
-def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
-    """ℓ_i for each anchor, float64 [N]; 0 for an anchor without a positive."""
+def losses(batch: ContrastiveBatch) -> Tensor:
+    """Returns ℓ_i for each anchor, float64 [N]; 0 for an anchor without a positive."""
     C = batch.num_classes
     z = batch.features.double()
     y = batch.labels
@@ -26,12 +29,12 @@ def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
     h = torch.stack([row / (row.norm() or 1) for row in z]) if batch.normalize and len(z) else z
     h = tau[y, None] * h
 
-    losses = []
+    each = []
     for i in range(len(batch.features)):
         not_i = torch.arange(len(y), device=y.device) != i
         positives = (y == y[i]) & not_i
         if not positives.any():
-            losses.append(z[i].sum() * 0)
+            each.append(z[i].sum() * 0)
             continue
         s_i = h @ h[i] / batch.temperature
         b_i = n[y].log()
@@ -39,5 +42,10 @@ def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
             count_i = torch.stack([((y == j) & not_i).sum() for j in y]).double()
             b_i = b_i - count_i.log()
         lse_i = torch.logsumexp((s_i + b_i)[not_i], dim=0)
-        losses.append(lse_i - s_i[positives].mean() - n[y[i]].log())
-    return torch.stack(losses) if losses else z.sum(dim=1)[:0]
+        each.append(lse_i - s_i[positives].mean() - n[y[i]].log())
+    return torch.stack(each) if each else z.sum(dim=1)[:0]
+
+
+total = partial(from_losses.total, losses)
+forward_rows = partial(from_losses.forward_rows, losses)
+backward_rows = partial(from_losses.backward_rows, losses)

@@ -1,4 +1,4 @@
-"""Which backend "auto" stands for, and why."""
+"""The backends by name, and which of them "auto" stands for, and why."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from typing import NamedTuple
 
 import torch
 from torch.torch_version import TorchVersion
+
+from rcl_fast.backends import dense, reference, tiled
+from rcl_fast.backends.protocol import Backend
+
+_IN_PYTORCH: dict[str, Backend] = {"tiled": tiled, "dense": dense, "reference": reference}
+BACKENDS = ("auto", "triton", *_IN_PYTORCH)
+
+
+def get(name: str) -> Backend:
+    """Returns the backend of this name, which "auto" is not. Raises ImportError for "triton" without Triton."""
+    if name == "triton":
+        from rcl_fast.backends import triton  # not every platform has Triton
+
+        return triton
+    return _IN_PYTORCH[name]
 
 
 class Choice(NamedTuple):
@@ -20,7 +35,7 @@ class Choice(NamedTuple):
 
 
 def explain_backend(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Choice:
-    """What `backend="auto"` takes for features on `device` (default: the GPU where there is one) and of `dtype`.
+    """Returns what `backend="auto"` takes for features of `dtype` on `device` (default: the GPU where there is one).
 
     "triton" on NVIDIA GPUs from sm_80 (A100) on, whose tensor cores Triton programs; "tiled" everywhere else. With
     prototypes of another dtype, `dtype` is the one that PyTorch promotes both to. Raises RuntimeError for a device that
@@ -58,9 +73,17 @@ def _triton_version() -> TorchVersion:
     return TorchVersion(triton.__version__)
 
 
-@torch.compiler.assume_constant_result
 def automatic(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend alone, remembered: a microsecond of each call."""
+    """Returns the name alone, which torch.compile takes for a constant."""
+    if torch.compiler.is_compiling():
+        from rcl_fast.backends import constant  # its decorator loads torch._dynamo, for seconds
+
+        return constant.automatic(device, dtype)
+    return remembered(device, dtype)
+
+
+def remembered(device: torch.device, dtype: torch.dtype) -> str:
+    """Returns the name, and works it out once: that takes a microsecond of each call."""
     if (device, dtype) not in _KNOWN:
         _KNOWN[device, dtype] = explain_backend(device, dtype).backend
     return _KNOWN[device, dtype]

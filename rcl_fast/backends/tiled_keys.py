@@ -1,4 +1,4 @@
-"""The keys as `tiled` multiplies them: in the dtype that is accumulated in, or 16 bits on a GPU's tensor cores."""
+"""Multiplies the keys of `tiled`: in the dtype that is accumulated in, or in 16 bits on a GPU's tensor cores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AccumulatedKeys(NamedTuple):
     temperature: float
 
     def logits(self, chunk: slice, log_weights: Tensor) -> Tensor:
-        """s_ik + log_weights [M] of a chunk's anchors with every key [rows, M]."""
+        """Returns s_ik + log_weights [M] of a chunk's anchors with every key [rows, M]."""
         N = len(self.anchors)
         rows = self.anchors[chunk] / self.temperature
         logits = log_weights.repeat(len(rows), 1)
@@ -29,20 +29,20 @@ class AccumulatedKeys(NamedTuple):
         logits[:, N:].addmm_(rows, self.prototypes.T)
         return logits
 
-    def weighted(self, weights: Tensor) -> Tensor:
-        """Σ_k w_ak h̃_k for weights [rows, M]: [rows, D]."""
+    def weighted(self, dlogits: Tensor) -> Tensor:
+        """Returns Σ_k dlogits_ak h̃_k for dlogits [rows, M]: [rows, D]."""
         N = len(self.anchors)
-        return (weights[:, :N] @ self.anchors).addmm_(weights[:, N:], self.prototypes)
+        return (dlogits[:, :N] @ self.anchors).addmm_(dlogits[:, N:], self.prototypes)
 
-    def weighted_chunk(self, chunk: slice, weights: Tensor) -> Tensor:
-        """Σ_i w_ij h̃_i over a chunk's anchors, for weights [rows, C]: [C, D]."""
-        return weights.T @ self.anchors[chunk]
+    def weighted_chunk(self, chunk: slice, dlogits: Tensor) -> Tensor:
+        """Returns Σ_i dlogits_ij h̃_i over a chunk's anchors, for dlogits [rows, C]: [C, D]."""
+        return dlogits.T @ self.anchors[chunk]
 
 
 class RawKeys(NamedTuple):
     """16-bit rows z as they came, and scales [M] float32 with h̃_k = scale_k · z_k, applied to float32 products.
 
-    So nothing is rounded but the weights of the second product, as in the kernels (kernels/README.md).
+    Nothing is rounded but dlogits, for the second product, as in the kernels (kernels/README.md).
     """
 
     anchors: Tensor
@@ -55,26 +55,26 @@ class RawKeys(NamedTuple):
         products = torch.cat([_product(rows, self.anchors.T), _product(rows, self.prototypes.T)], dim=1)
         return products.mul_(self.scales[chunk, None] / self.temperature).mul_(self.scales).add_(log_weights)
 
-    def weighted(self, weights: Tensor) -> Tensor:
+    def weighted(self, dlogits: Tensor) -> Tensor:
         N = len(self.anchors)
-        scaled, gain = self._rounded(weights * self.scales)
-        return (_product(scaled[:, :N], self.anchors) + _product(scaled[:, N:], self.prototypes)) / gain
+        scaled, grad_scale = self._rounded(dlogits * self.scales)
+        return (_product(scaled[:, :N], self.anchors) + _product(scaled[:, N:], self.prototypes)) / grad_scale
 
-    def weighted_chunk(self, chunk: slice, weights: Tensor) -> Tensor:
-        scaled, gain = self._rounded(weights * self.scales[chunk, None])
-        return _product(scaled.T, self.anchors[chunk]) / gain
+    def weighted_chunk(self, chunk: slice, dlogits: Tensor) -> Tensor:
+        scaled, grad_scale = self._rounded(dlogits * self.scales[chunk, None])
+        return _product(scaled.T, self.anchors[chunk]) / grad_scale
 
-    def _rounded(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights in 16 bits, after a gain that keeps those of a large batch's mean above float16's smallest number."""
-        if not weights.numel():
-            return weights.to(self.anchors.dtype), weights.new_ones(())
-        largest = weights.abs().amax()
-        gain = torch.where(largest > 0, 2.0**13 / largest, 1.0)
-        return (weights * gain).to(self.anchors.dtype), gain
+    def _rounded(self, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (dlogits · scale in 16 bits, scale): a large batch's mean stays above float16's least number."""
+        if not dlogits.numel():
+            return dlogits.to(self.anchors.dtype), dlogits.new_ones(())
+        largest = dlogits.abs().amax()
+        grad_scale = torch.where(largest > 0, 2.0**13 / largest, 1.0)
+        return (dlogits * grad_scale).to(self.anchors.dtype), grad_scale
 
 
 def keys_of(batch: ContrastiveBatch, anchors: Tensor, prototypes: Tensor) -> AccumulatedKeys | RawKeys:
-    """The keys of a batch whose h̃ are `anchors` and `prototypes`."""
+    """Returns the keys of a batch whose h̃ are `anchors` and `prototypes`."""
     if not multiplies_16_bits(batch):
         return AccumulatedKeys(anchors.detach(), prototypes.detach(), batch.temperature)
     raw = batch.features.detach()
@@ -84,7 +84,7 @@ def keys_of(batch: ContrastiveBatch, anchors: Tensor, prototypes: Tensor) -> Acc
 
 
 def multiplies_16_bits(batch: ContrastiveBatch) -> bool:
-    """Whether the batch lies on a GPU in a dtype that its tensor cores multiply: float16, bfloat16 from sm_80 on."""
+    """Returns whether a GPU's tensor cores multiply the batch in its dtype: float16, or bfloat16 from sm_80 on."""
     dtypes = {batch.features.dtype} | ({batch.prototypes.dtype} if batch.prototypes is not None else set())
     if not (batch.features.is_cuda and _MIXED_PRODUCTS):
         return False
@@ -94,7 +94,7 @@ def multiplies_16_bits(batch: ContrastiveBatch) -> bool:
 
 
 def _scales(raw: Tensor, classes: Tensor | slice, batch: ContrastiveBatch) -> Tensor:
-    """τ[y] / ‖z‖ of each row, 1 / ‖z‖ being 1 for a zero row and where nothing is normalised."""
+    """Returns τ[y] / ‖z‖ of each row, 1 / ‖z‖ being 1 for a zero row and where nothing is normalised."""
     scales = torch.ones(len(raw), dtype=torch.float32, device=raw.device)
     if batch.normalize:
         norms = torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32)
@@ -105,5 +105,5 @@ def _scales(raw: Tensor, classes: Tensor | slice, batch: ContrastiveBatch) -> Te
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of 16-bit matrices, accumulated and returned in float32."""
+    """Returns left @ right of 16-bit matrices in float32, and accumulates in it."""
     return torch.mm(left, right, out_dtype=torch.float32)

@@ -1,8 +1,13 @@
-"""The loss through the Triton kernels, as one opaque operator forward and one backward."""
+"""The loss through the Triton kernels, as one opaque operator forward and one backward.
+
+There are two ways into autograd: what is traced, by torch.compile for one, takes the operators; all else a Function,
+as forward and backward through the operators took 100 µs more of a CPU's time (bench/loss/dispatch.py).
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,10 +15,12 @@ from torch import Tensor
 
 from rcl_fast.batch import ContrastiveBatch
 from rcl_fast.kernels import block_sizes, passes
+from rcl_fast.kernels.pack import KernelInputs, Packed
+from rcl_fast.kernels.passes import BackwardOptions
 
 
-def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
-    """ℓ_i for each anchor, float32 [N]; 0 for an anchor without a positive. O((N + C)·D) memory.
+def losses(batch: ContrastiveBatch) -> Tensor:
+    """Returns ℓ_i for each anchor, float32 [N]; 0 for an anchor without a positive. O((N + C)·D) memory.
 
     Differentiable once, in features and prototypes; the same bits every run. float32 products follow
     `torch.get_float32_matmul_precision()`: exact at "highest", TF32 otherwise.
@@ -25,84 +32,84 @@ def contrastive_loss(batch: ContrastiveBatch) -> Tensor:
     return _outputs(batch)[0]
 
 
-def reduced_contrastive_loss(batch: ContrastiveBatch, reduction: str) -> Tensor:
-    """The "sum" of ℓ_i, or their "mean" over the anchors that have a positive, in as few launches as there can be."""
-    losses, _, _, vectors, _ = _outputs(batch)
-    total = losses.sum()  # an anchor without a positive adds 0
+def total(batch: ContrastiveBatch, reduction: str) -> Tensor:
+    """Returns the "sum" of ℓ_i, or their "mean" over the anchors that have a positive, in as few launches as can be."""
+    each, _, _, vectors, _ = _outputs(batch)
+    added = each.sum()  # an anchor without a positive adds 0
     if reduction == "sum":
-        return total
-    keys_of_own_class = vectors[2, : losses.shape[0]]  # the anchor is one of them
-    return total / (keys_of_own_class > 1).sum().clamp(min=1)
+        return added
+    keys_of_same_class = vectors[2, : each.shape[0]]  # the anchor is one of them
+    return added / (keys_of_same_class > 1).sum().clamp(min=1)
 
 
 def forward_rows(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """ℓ_i and lse_i (base 2) of the first `rows` anchors [rows], and what `backward_rows` reads; all anchors are keys.
+    """Returns ℓ_i and lse_i (base 2) of the first `rows` anchors [rows], and what `backward_rows` reads.
 
-    Raises as `contrastive_loss` does.
+    All anchors are keys; lse_i is +inf for an anchor without a positive. Raises as `losses` does.
     """
-    arguments = _arguments(batch)
-    losses, lse, keys, vectors, key_labels = passes.forward(*arguments, rows=rows)
-    if not block_sizes.must_pack(*arguments[:2]):
-        keys = arguments[0]
-    return losses, lse, (keys, vectors, key_labels)
+    inputs = _inputs(batch)
+    each, lse, *packed = passes.forward(inputs, rows)
+    if not block_sizes.must_pack(inputs.features, inputs.prototypes):
+        packed[0] = inputs.features
+    return each, lse, tuple(packed)
 
 
 def backward_rows(
-    batch: ContrastiveBatch, rows: int, saved: tuple[Tensor, ...], lse: Tensor, upstream: Tensor
+    batch: ContrastiveBatch, rows: int, saved: tuple[Any, ...], lse: Tensor, grad_losses: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by the prototypes.
+    """Returns the gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by the prototypes.
 
-    lse and upstream g are of all anchors, [N] each.
+    lse and grad_losses g are of all anchors, [N] each.
     """
-    bounded = block_sizes.is_bounded(batch.temperature, batch.normalize, batch.compression is not None)
-    for_features, for_prototypes = passes.backward(
-        *saved, lse, upstream, batch.features.shape[1], batch.class_average, batch.normalize, bounded,
-        True, batch.prototypes is not None, rows=rows,
-    )  # fmt: skip
+    wanted = (True, batch.prototypes is not None)
+    for_features, for_prototypes = passes.backward(Packed(*saved), lse, grad_losses, _options(batch), wanted, rows)
     assert for_features is not None  # asked for
     return for_features, for_prototypes
 
 
 def _outputs(batch: ContrastiveBatch) -> tuple[Tensor, ...]:
-    """What `passes.forward` returns, the loss differentiable."""
-    return (_forward_op if _is_traced() else _Loss.apply)(*_arguments(batch))
+    """Returns what `passes.forward` does, the loss differentiable."""
+    return (_forward_op if _is_traced() else _Loss.apply)(*_inputs(batch))
 
 
-def _arguments(batch: ContrastiveBatch) -> tuple[Any, ...]:
-    """Those of `passes.forward`: of one dtype, and contiguous."""
+def _inputs(batch: ContrastiveBatch) -> KernelInputs:
+    """Returns what `passes.forward` takes: rows of one dtype, and all contiguous."""
     features, prototypes = batch.features, batch.prototypes
     dtype = features.dtype if prototypes is None else torch.promote_types(features.dtype, prototypes.dtype)
     if dtype == torch.float64:
         raise TypeError('the triton backend accumulates in float32; for float64 inputs use backend="tiled"')
     if features.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError('the triton backend needs a GPU, and features are on the CPU; use backend="tiled" there')
-    features = features.to(dtype).contiguous()
-    if prototypes is not None:
-        prototypes = prototypes.to(dtype).contiguous()
-    return (
-        features,
-        prototypes,
-        batch.labels.contiguous(),
-        None if batch.class_counts is None else batch.class_counts.contiguous(),
-        None if batch.compression is None else batch.compression.contiguous(),
-        batch.num_classes,
-        batch.temperature,
-        batch.class_average,
-        batch.normalize,
+    return KernelInputs(
+        features=features.to(dtype).contiguous(),
+        prototypes=None if prototypes is None else prototypes.to(dtype).contiguous(),
+        labels=batch.labels.contiguous(),
+        class_counts=None if batch.class_counts is None else batch.class_counts.contiguous(),
+        compression=None if batch.compression is None else batch.compression.contiguous(),
+        num_classes=batch.num_classes,
+        temperature=batch.temperature,
+        class_average=batch.class_average,
+        normalize=batch.normalize,
     )
 
 
+def _options(given: KernelInputs | ContrastiveBatch) -> BackwardOptions:
+    """Returns what `passes.backward` must know of the loss."""
+    bounded = block_sizes.is_bounded(given.temperature, given.normalize, given.compression is not None)
+    return BackwardOptions(given.features.shape[1], given.class_average, given.normalize, bounded)
+
+
 def _is_traced() -> bool:
-    """Whether something looks at the call through the dispatcher: torch.compile, make_fx, fake tensors."""
+    """Returns whether something looks at the call through the dispatcher: torch.compile, make_fx, fake tensors."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _Loss(torch.autograd.Function):
-    """The operator without the dispatcher's overhead; `torch.func` takes it too."""
+    """Runs the kernels without the dispatcher; `torch.func` takes it too, as it does not take the operator."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return passes.forward(*arguments)
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return passes.forward(KernelInputs(*inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -112,29 +119,14 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * 9
-        # Inside a transform the tensors are wrappers without memory; a Function takes the wrapping off.
-        backward = _Gradients.apply if torch._C._functorch.peek_interpreter_stack() else passes.backward
-        gradients = backward(*_saved(ctx, upstream), *ctx.needs_input_grad[:2])
-        return *gradients, *(None,) * 7
-
-
-class _Gradients(torch.autograd.Function):
-    """The backward pass under `torch.func`."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        return passes.backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        ctx.mark_non_differentiable(*(gradient for gradient in output if gradient is not None))
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        raise RuntimeError("the triton backend is differentiable once; for a second derivative use backend='dense'")
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * len(KernelInputs._fields)
+        *packed, lse = ctx.saved_tensors
+        if torch._C._functorch.is_functorch_wrapped_tensor(lse):
+            return _differentiate(ctx, grad_output)  # wrappers of torch.func have no memory; operators take them off
+        wanted = ctx.needs_input_grad[:2]
+        return _for_all_inputs(passes.backward(Packed(*packed), lse, grad_output, ctx.options, wanted))
 
 
 @torch.library.custom_op("rcl_fast::contrastive_loss", mutates_args=())
@@ -150,7 +142,9 @@ def _forward_op(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return passes.forward(
-        features, prototypes, labels, class_counts, compression, num_classes, temperature, class_average, normalize
+        KernelInputs(
+            features, prototypes, labels, class_counts, compression, num_classes, temperature, class_average, normalize
+        )
     )
 
 
@@ -176,7 +170,7 @@ def _backward_op(
     vectors: Tensor,
     key_labels: Tensor,
     lse: Tensor,
-    upstream: Tensor,
+    grad_output: Tensor,
     width: int,
     class_average: bool,
     normalize: bool,
@@ -184,9 +178,9 @@ def _backward_op(
     for_features: bool,
     for_prototypes: bool,
 ) -> tuple[Tensor, Tensor]:
-    gradients = passes.backward(
-        keys, vectors, key_labels, lse, upstream, width, class_average, normalize, bounded, for_features, for_prototypes
-    )  # fmt: skip
+    options = BackwardOptions(width, class_average, normalize, bounded)
+    wanted = (for_features, for_prototypes)
+    gradients = passes.backward(Packed(keys, vectors, key_labels), lse, grad_output, options, wanted)
     none = keys.new_empty(0, width)  # an operator has no optional output
     return tuple(none.clone() if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
 
@@ -197,7 +191,7 @@ def _(
     vectors: Tensor,
     key_labels: Tensor,
     lse: Tensor,
-    upstream: Tensor,
+    grad_output: Tensor,
     width: int,
     class_average: bool,
     normalize: bool,
@@ -209,29 +203,27 @@ def _(
     return keys.new_empty(N if for_features else 0, width), keys.new_empty(M - N if for_prototypes else 0, width)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output)
-
-
-def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """Runs the backward pass as an operator."""
+    *packed, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:2]
-    gradients = _backward_op(*_saved(ctx, upstream), *wanted)
-    return *(gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)), *(None,) * 7
+    gradients = _backward_op(*packed, lse, grad_output, *ctx.options, *wanted)
+    return _for_all_inputs(gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True))
 
 
-_forward_op.register_autograd(_differentiate, setup_context=_setup_context)
+def _for_all_inputs(gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of features and prototypes, and None for the other inputs."""
+    return (*gradients, *(None,) * (len(KernelInputs._fields) - 2))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    """Keep what `passes.backward` reads; the features only where they are the keys."""
-    features, prototypes, _, _, compression, _, temperature, class_average, normalize = inputs
-    _, lse, keys, vectors, key_labels = outputs
-    if not block_sizes.must_pack(features, prototypes):
-        keys = features
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps what `passes.backward` reads; the features only where they are the keys."""
+    given = KernelInputs(*inputs)
+    _, lse, keys, vectors, key_labels = output
+    if not block_sizes.must_pack(given.features, given.prototypes):
+        keys = given.features
     ctx.save_for_backward(keys, vectors, key_labels, lse)
-    bounded = block_sizes.is_bounded(temperature, normalize, compression is not None)
-    ctx.options = (features.shape[1], class_average, normalize, bounded)
+    ctx.options = _options(given)
 
 
-def _saved(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    return *ctx.saved_tensors, upstream, *ctx.options
+_forward_op.register_autograd(_differentiate, setup_context=_save)

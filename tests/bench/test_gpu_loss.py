@@ -43,7 +43,7 @@ def without_a_row(inputs: Any) -> Tensor:
 
 def with_a_nan(inputs: Any) -> Tensor:
     total = RIGHT(inputs)
-    total.register_hook(lambda upstream: upstream * float("nan"))
+    total.register_hook(lambda grad_output: grad_output * float("nan"))
     return total
 
 

@@ -38,12 +38,12 @@ def test_flags_choose_the_tiles() -> None:
     assert one == [("forward", 90, "half", 128, "large")]
     assert one[0].shipped == tune.Config(*tune.aot.TABLE["forward", 90, "half", 128][0])
     assert len(tune.choices(tune.block_sizes.ARCHITECTURES)) == 2 * len(tune.aot.TABLE)
-    assert {found.kernel for found in tune.choices([90], ["forward", "weights"])} == {"forward", "weights"}
+    assert {found.kernel for found in tune.choices([90], ["forward", "dlogits"])} == {"forward", "dlogits"}
     assert {found.size for found in tune.choices([80, 90], sizes=["small"])} == {"small"}
     assert not tune.choices([75], kinds=["tf32"])
 
-    options = tune.parsed(["--kernel", "forward", "--kernel", "weights", "--width", "128", "--seconds", "5"])
-    assert (options.kernel, options.width, options.kind, options.seconds) == (["forward", "weights"], [128], None, 5)
+    options = tune.parsed(["--kernel", "forward", "--kernel", "dlogits", "--width", "128", "--seconds", "5"])
+    assert (options.kernel, options.width, options.kind, options.seconds) == (["forward", "dlogits"], [128], None, 5)
     with pytest.raises(SystemExit):
         tune.parsed(["--arch", "90"])
 

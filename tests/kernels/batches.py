@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rcl_fast.backends import reference
 from rcl_fast.backends import triton as backend
-from rcl_fast.batch import ContrastiveBatch, class_log_weights, own_class_log_weights, positives_per_anchor
+from rcl_fast.batch import ContrastiveBatch
+from rcl_fast.class_statistics import class_statistics
 
 PRESETS = {
     "scl": {"class_average": False, "rebalance": False, "with_prototypes": False},
@@ -66,21 +67,21 @@ def leaves(batch: ContrastiveBatch) -> list[Tensor]:
     return [rows for rows in (batch.features, batch.prototypes) if rows is not None and rows.requires_grad]
 
 
-def upstream_of(batch: ContrastiveBatch) -> Tensor:
+def grad_output_of(batch: ContrastiveBatch) -> Tensor:
     """Weights of the anchors, none of them 1, some negative and one 0."""
     return torch.linspace(-0.6, 1.7, len(batch.labels), device=batch.labels.device).index_fill(
         0, torch.zeros(1, dtype=torch.int64, device=batch.labels.device), 0.0
     )
 
 
-def loss_and_gradients(loss: Any, batch: ContrastiveBatch, upstream: Tensor | None = None) -> list[Tensor]:
+def loss_and_gradients(loss: Any, batch: ContrastiveBatch, grad_output: Tensor | None = None) -> list[Tensor]:
     """[ℓ, and the gradient of each leaf], as `loss` computes them."""
     losses = loss(batch)
-    upstream = upstream_of(batch) if upstream is None else upstream
+    grad_output = grad_output_of(batch) if grad_output is None else grad_output
     wanted = leaves(batch)
     if not wanted:
         return [losses]
-    return [losses.detach(), *torch.autograd.grad(losses, wanted, upstream.to(losses.dtype))]
+    return [losses.detach(), *torch.autograd.grad(losses, wanted, grad_output.to(losses.dtype))]
 
 
 def plain(batch: ContrastiveBatch) -> Tensor:
@@ -103,8 +104,8 @@ def truncated(batch: ContrastiveBatch) -> Tensor:
     average out; those of truncation add up, to about 2^-10.5 of it for the two operands together. Triton's products
     truncate and cuBLAS's may round, so that plain PyTorch's error is no measure for TF32; this one is.
 
-    It is close to the kernels, as the operands are theirs: raw rows, scaled only after the product, and weights of the
-    gradient that are scaled before they are cut. The kernels add float32's rounding, most of all in their sums, which
+    It is close to the kernels, as the operands are theirs: raw rows, scaled only after the product, and dlogits
+    that are scaled before they are cut. The kernels add float32's rounding, most of all in their sums, which
     tensor cores chop: once in eight terms, by up to 2^-23 of the sum, hence less than 2^-14 of it for 2,817 terms.
     """
     exact = batch._replace(
@@ -131,15 +132,15 @@ class _TruncatedSimilarities(torch.autograd.Function):
         return (truncate(rows[:N]) @ truncate(rows).T) * (scales[:N, None] * scales)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         rows, scales = ctx.saved_tensors
-        N, M = upstream.shape
-        weights = upstream.new_zeros(M, M)  # a row is met as an anchor and as a key
-        weights[:N] = upstream
-        weights[:, :N] += upstream.T
+        N, M = grad_output.shape
+        dlogits = grad_output.new_zeros(M, M)  # a row is met as an anchor and as a key
+        dlogits[:N] = grad_output
+        dlogits[:, :N] += grad_output.T
         # The kernels' scales hold this too, as they compute in base 2: it moves the bits that are cut.
         base_2 = math.sqrt(math.log2(math.e))
-        gradient = truncate(weights * scales * base_2) @ truncate(rows) * (scales[:, None] / base_2)
+        gradient = truncate(dlogits * scales * base_2) @ truncate(rows) * (scales[:, None] / base_2)
         if ctx.normalize:  # the part along the row goes, as length does not count; a zero row keeps all
             squares = (rows * rows).sum(dim=1, keepdim=True)
             along = (rows * gradient).sum(dim=1, keepdim=True) / squares.masked_fill(squares == 0, 1)
@@ -164,10 +165,11 @@ def _losses(batch: ContrastiveBatch, s: Tensor, labels: Tensor) -> Tensor:
     """ℓ_i of similarities s [N, M] with keys of these labels [M], in the dtype of s."""
     same = batch.labels[:, None] == labels
     itself = torch.eye(*s.shape, dtype=torch.bool, device=s.device)
-    b = class_log_weights(batch)[labels].expand_as(s)
-    if batch.class_average:
-        b = b + same * own_class_log_weights(batch)[:, None]
-    positives = positives_per_anchor(batch)
+    statistics = class_statistics(batch)
+    b = statistics.log_weights[labels].expand_as(s)
+    if statistics.same_class_terms is not None:
+        b = b + same * statistics.same_class_terms[:, None]
+    positives = statistics.positives
     lse = torch.logsumexp((s + b).masked_fill(itself & (positives > 0)[:, None], -torch.inf), dim=1)
     mean = (s * (same & ~itself)).sum(dim=1) / positives.clamp(min=1)
     log_n = 0.0 if batch.class_counts is None else batch.class_counts.to(s.dtype).log()[batch.labels]
@@ -176,10 +178,10 @@ def _losses(batch: ContrastiveBatch, s: Tensor, labels: Tensor) -> Tensor:
 
 def assert_as_exact_as_plain(
     batch: ContrastiveBatch,
-    upstream: Tensor | None = None,
+    grad_output: Tensor | None = None,
     factor: float = 2.0,
-    truth: Callable[[ContrastiveBatch], Tensor] = reference.contrastive_loss,
-    loss: Callable[[ContrastiveBatch], Tensor] = backend.contrastive_loss,
+    truth: Callable[[ContrastiveBatch], Tensor] = reference.losses,
+    loss: Callable[[ContrastiveBatch], Tensor] = backend.losses,
     yardsticks: Sequence[Callable[[ContrastiveBatch], Tensor]] = (plain,),
 ) -> None:
     """Our error against float64 is at most `factor` of plain PyTorch's in the same dtype, and rounding.
@@ -196,9 +198,9 @@ def assert_as_exact_as_plain(
     The D terms of z_i·z_k, of random signs, have √Σp_j² near ‖z_i‖‖z_k‖/√2 at any D: three units of 1/T, which the
     sixteen hold.
     """
-    exactly = loss_and_gradients(truth, batch, upstream)
-    ours = loss_and_gradients(loss, batch, upstream)
-    theirs = zip(*(loss_and_gradients(yardstick, batch, upstream) for yardstick in yardsticks), strict=True)
+    exactly = loss_and_gradients(truth, batch, grad_output)
+    ours = loss_and_gradients(loss, batch, grad_output)
+    theirs = zip(*(loss_and_gradients(yardstick, batch, grad_output) for yardstick in yardsticks), strict=True)
     log_n = 0.0 if batch.class_counts is None else float(batch.class_counts.double().log().max())
     M = len(_keys(batch)[1])
     for name, exact, our, their in zip(("loss", "features", "prototypes"), exactly, ours, theirs, strict=False):

@@ -69,7 +69,7 @@ def check(case: Shipped, device: torch.device) -> None:
 
 def yardsticks(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[ContrastiveBatch], Tensor], ...]:
     """For products of this dtype at the current precision; on a CPU none is TF32's, as the interpreter cuts nothing."""
-    if device.type == "cuda" and block_sizes.kind_of(dtype, block_sizes.architecture(device)) == "tf32":
+    if device.type == "cuda" and block_sizes.math_mode_of(dtype, block_sizes.architecture(device)) == "tf32":
         return plain, truncated
     return (plain,)
 
@@ -77,7 +77,7 @@ def yardsticks(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[Cont
 def in_float64(batch: ContrastiveBatch) -> Tensor:
     """`dense`, as the reference's loops would take minutes; both are held to each other by other tests."""
     prototypes = None if batch.prototypes is None else batch.prototypes.double()
-    return dense.contrastive_loss(batch._replace(features=batch.features.double(), prototypes=prototypes))
+    return dense.losses(batch._replace(features=batch.features.double(), prototypes=prototypes))
 
 
 def main() -> int:

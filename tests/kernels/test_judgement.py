@@ -58,7 +58,7 @@ class _Simulated(torch.autograd.Function):
         share = (same & ~itself) / (count - 1)[y[:N], None]
 
         t = product(z[:N], z.T) * (r[:N, None] * r)
-        x = t + same * own_gain(batch)[:, None] + (log_n - count.log2())[y] + added
+        x = t + same * same_class_term(batch)[:, None] + (log_n - count.log2())[y] + added
         x = x.masked_fill(itself, -torch.inf)
         lse = x.amax(1) + (x - x.amax(1, keepdim=True)).exp2().sum(1).log2()
         ctx.save_for_backward(z, r, x - lse[:, None], share)
@@ -66,10 +66,10 @@ class _Simulated(torch.autograd.Function):
         return math.log(2) * (lse - (t * share).sum(1) - log_n[batch.labels])
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         z, r, log_p, share = ctx.saved_tensors
-        N = len(upstream)
-        G = upstream[:, None] * (log_p.exp2() - share)
+        N = len(grad_output)
+        G = grad_output[:, None] * (log_p.exp2() - share)
         for_anchors = torch.cat([G[:, :N] + G[:, :N].T, G[:, N:]], dim=1)
         u = torch.cat([ctx.product(for_anchors * r, z), ctx.product(G[:, N:].T * r[:N], z[:N])])
         u *= math.log(2) * r[:, None]
@@ -77,7 +77,7 @@ class _Simulated(torch.autograd.Function):
         return u[:N], u[N:], None, None, None
 
 
-def own_gain(batch: ContrastiveBatch) -> Tensor:
+def same_class_term(batch: ContrastiveBatch) -> Tensor:
     """γ of each anchor's class [N]; with its prototype every class has a key more than it has anchors."""
     count = torch.bincount(batch.labels, minlength=batch.num_classes)[batch.labels] + 1.0
     return (count / (count - 1)).log2()
@@ -115,13 +115,13 @@ def without_the_last_key(batch: ContrastiveBatch) -> Tensor:
     return torch.zeros(M).index_fill(0, torch.tensor([M - 1]), -torch.inf)
 
 
-def without_one_gain(batch: ContrastiveBatch) -> Tensor:
-    """What is added where one anchor meets its own class: the anchor to which the gain means most."""
-    gain = own_gain(batch)
-    row = int((gain * batch.class_counts[batch.labels]).argmax())
+def without_one_same_class_term(batch: ContrastiveBatch) -> Tensor:
+    """What is added where one anchor meets its class: the anchor to which the term means most."""
+    terms = same_class_term(batch)
+    row = int((terms * batch.class_counts[batch.labels]).argmax())
     labels = torch.cat([batch.labels, torch.arange(batch.num_classes)])
-    added = torch.zeros(len(gain), len(labels))
-    added[row] = -gain[row] * (labels == labels[row])
+    added = torch.zeros(len(terms), len(labels))
+    added[row] = -terms[row] * (labels == labels[row])
     return added
 
 
@@ -153,7 +153,7 @@ def test_sums_of_one_term_after_the_other_pass(batch: ContrastiveBatch) -> None:
     judge_exact(batch, loss=partial(simulated, product=one_by_one), yardsticks=[shipped.in_float64])
 
 
-@pytest.mark.parametrize("fault", [without_the_last_key, without_one_gain])
+@pytest.mark.parametrize("fault", [without_the_last_key, without_one_same_class_term])
 @pytest.mark.parametrize("batch", [WIDE, MANY], ids=["2048 features", "800 keys"])
 def test_a_wrong_log_weight_does_not_pass(batch: ContrastiveBatch, fault: Callable) -> None:
     with pytest.raises(AssertionError, match="yardstick"):
@@ -185,7 +185,7 @@ def test_truncated_is_the_loss_but_for_its_cuts(options: dict, monkeypatch: pyte
     batch = random_batch(CPU, 23, 11, 12, dtype=torch.float64, **options)
     with torch.no_grad():
         batch.features[3] = 0
-    exactly = loss_and_gradients(reference.contrastive_loss, batch)
+    exactly = loss_and_gradients(reference.losses, batch)
     cut = loss_and_gradients(truncated, batch)
     monkeypatch.setattr(batches, "truncate", lambda numbers: numbers)
     for exact, one, uncut in zip(exactly, cut, loss_and_gradients(truncated, batch), strict=True):
@@ -205,7 +205,7 @@ def test_truncate_drops_thirteen_bits_towards_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision", "kind", "expected"),
+    ("dtype", "precision", "device", "expected"),
     [
         (torch.float32, "high", "cuda", (plain, truncated)),
         (torch.float32, "highest", "cuda", (plain,)),
@@ -214,12 +214,12 @@ def test_truncate_drops_thirteen_bits_towards_zero() -> None:
     ],
 )
 def test_only_tf32_is_given_its_truncation(
-    dtype: torch.dtype, precision: str, kind: str, expected: tuple, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, precision: str, device: str, expected: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_sizes, "architecture", lambda _: 90)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        assert shipped.yardsticks(dtype, torch.device(kind)) == expected
+        assert shipped.yardsticks(dtype, torch.device(device)) == expected
     finally:
         torch.set_float32_matmul_precision(before)

@@ -6,21 +6,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from batches import loss_and_gradients, random_batch, upstream_of
+from batches import grad_output_of, loss_and_gradients, random_batch
 
 from rcl_fast.backends import triton as backend
 from rcl_fast.kernels import passes
+from rcl_fast.kernels.pack import KernelInputs
 
 WIDTHS = pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
 
 
 @WIDTHS
-def test_non_contiguous_inputs_and_upstream(
+def test_non_contiguous_inputs_and_grad_output(
     register_width: int, tiny_tiles: Callable[..., None], device: torch.device
 ) -> None:
     tiny_tiles(register_width=register_width)
     batch = random_batch(device, 30, 11, 32)
-    expected = loss_and_gradients(backend.contrastive_loss, batch)
+    expected = loss_and_gradients(backend.losses, batch)
 
     def strided(rows: torch.Tensor) -> torch.Tensor:
         return rows.detach().T.contiguous().T.requires_grad_()
@@ -31,17 +32,17 @@ def test_non_contiguous_inputs_and_upstream(
         features=strided(batch.features), prototypes=strided(batch.prototypes), labels=every_second, class_counts=counts
     )
     assert not other.features.is_contiguous()
-    upstream = torch.stack([upstream_of(batch), torch.zeros(30, device=device)], dim=1)[:, 0]
-    assert upstream.stride() == (2,)
-    for one, same in zip(expected, loss_and_gradients(backend.contrastive_loss, other, upstream), strict=True):
+    grad_output = torch.stack([grad_output_of(batch), torch.zeros(30, device=device)], dim=1)[:, 0]
+    assert grad_output.stride() == (2,)
+    for one, same in zip(expected, loss_and_gradients(backend.losses, other, grad_output), strict=True):
         assert torch.equal(one, same)
 
 
-def test_expanded_upstream(device: torch.device) -> None:
+def test_expanded_grad_output(device: torch.device) -> None:
     batch = random_batch(device, 30, 11, 32)
-    losses = backend.contrastive_loss(batch)
-    (by_sum,) = torch.autograd.grad(losses.sum(), batch.features)  # the upstream has stride 0
-    (by_ones,) = torch.autograd.grad(backend.contrastive_loss(batch), batch.features, torch.ones_like(losses))
+    losses = backend.losses(batch)
+    (by_sum,) = torch.autograd.grad(losses.sum(), batch.features)  # the grad_output has stride 0
+    (by_ones,) = torch.autograd.grad(backend.losses(batch), batch.features, torch.ones_like(losses))
     assert torch.equal(by_sum, by_ones)
 
 
@@ -56,12 +57,12 @@ def test_a_frozen_input_costs_no_gradient(
 ) -> None:
     tiny_tiles(register_width=register_width)
     batch = random_batch(device, 30, 11, 32)
-    _, *both = loss_and_gradients(backend.contrastive_loss, batch)
+    _, *both = loss_and_gradients(backend.losses, batch)
     returned = []
     backward = passes.backward
     monkeypatch.setattr(passes, "backward", lambda *given: returned.append(backward(*given)) or returned[-1])
     partly = batch._replace(**{frozen: getattr(batch, frozen).detach()})
-    _, only = loss_and_gradients(backend.contrastive_loss, partly)
+    _, only = loss_and_gradients(backend.losses, partly)
     kept = 1 if frozen == "features" else 0
     assert torch.equal(only, both[kept])
     assert returned[0][1 - kept] is None
@@ -69,21 +70,21 @@ def test_a_frozen_input_costs_no_gradient(
 
 def test_without_gradients(device: torch.device) -> None:
     batch = random_batch(device, 30, 11, 32)
-    with_gradients = backend.contrastive_loss(batch)
+    with_gradients = backend.losses(batch)
     with torch.no_grad():
-        assert torch.equal(backend.contrastive_loss(batch), with_gradients)
+        assert torch.equal(backend.losses(batch), with_gradients)
     with torch.inference_mode():
-        assert torch.equal(backend.contrastive_loss(batch), with_gradients)
+        assert torch.equal(backend.losses(batch), with_gradients)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 1, 2, 2, 2, 5], [0, 1, 2]], ids=["one without a positive", "none has one"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions(reduction: str, labels: list[int], device: torch.device) -> None:
     batch = random_batch(device, len(labels), 6, 16, with_prototypes=False, labels=torch.tensor(labels))
-    losses = backend.contrastive_loss(batch)
+    losses = backend.losses(batch)
     has_positive = losses != 0
     expected = losses.sum() / (has_positive.sum().clamp(min=1) if reduction == "mean" else 1)
-    reduced = backend.reduced_contrastive_loss(batch, reduction)
+    reduced = backend.total(batch, reduction)
     torch.testing.assert_close(reduced, expected)
     for one, other in zip(*(torch.autograd.grad(total, batch.features) for total in (reduced, expected)), strict=True):
         torch.testing.assert_close(one, other)
@@ -92,7 +93,7 @@ def test_reductions(reduction: str, labels: list[int], device: torch.device) -> 
 def test_the_cpu_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="tiled"):
-        backend.contrastive_loss(random_batch(torch.device("cpu")))
+        backend.losses(random_batch(torch.device("cpu")))
 
 
 def test_launches_go_to_the_device_of_the_inputs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -100,13 +101,13 @@ def test_launches_go_to_the_device_of_the_inputs(monkeypatch: pytest.MonkeyPatch
     asked = []
     device_of = torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: asked.append(len(tensor)) or device_of(tensor))
-    loss_and_gradients(backend.contrastive_loss, random_batch(device, 30, 11, 32))
+    loss_and_gradients(backend.losses, random_batch(device, 30, 11, 32))
     assert asked == [30, 41]  # features forward, keys backward
 
 
 def test_no_second_derivative(device: torch.device) -> None:
     batch = random_batch(device, 12, 5, 16)
-    losses = backend.contrastive_loss(batch)
+    losses = backend.losses(batch)
     (gradient,) = torch.autograd.grad(losses.sum(), batch.features, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         torch.autograd.grad(gradient.sum(), batch.features)
@@ -122,7 +123,7 @@ def _operator_arguments(device: torch.device, with_prototypes: bool, D: int = 16
 def test_opcheck(with_prototypes: bool, D: int, device: torch.device) -> None:
     arguments = _operator_arguments(device, with_prototypes, D)
     torch.library.opcheck(backend._forward_op, arguments)
-    outputs = passes.forward(*arguments)
+    outputs = passes.forward(KernelInputs(*arguments))
     _, lse, keys, vectors, key_labels = outputs
     keys = keys if len(keys) else arguments[0].detach()
     backward_arguments = (keys, vectors, key_labels, lse, torch.ones(20, device=device), D, True, True, True)
@@ -146,25 +147,38 @@ def test_operator_and_eager_path_agree(device: torch.device) -> None:
 def test_torch_compile_without_graph_breaks(with_prototypes: bool, device: torch.device) -> None:
     batch = random_batch(device, 30, 11, 16, with_prototypes=with_prototypes)
     compiler = "inductor" if device.type == "cuda" else "aot_eager"  # no C++ compiler is needed for the latter
-    compiled = torch.compile(backend.contrastive_loss, fullgraph=True, backend=compiler, dynamic=True)
+    compiled = torch.compile(backend.losses, fullgraph=True, backend=compiler, dynamic=True)
     for N in (30, 23):  # a second, smaller batch with the same graph
         part = batch._replace(
             features=batch.features[:N].detach().requires_grad_(), labels=batch.labels[:N].contiguous()
         )
-        expected = loss_and_gradients(backend.contrastive_loss, part)
+        expected = loss_and_gradients(backend.losses, part)
         for one, other in zip(expected, loss_and_gradients(compiled, part), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_torch_func_grad(device: torch.device) -> None:
     batch = random_batch(device, 20, 7, 16)
-    upstream = upstream_of(batch)
+    grad_output = grad_output_of(batch)
 
     def total(features: torch.Tensor) -> torch.Tensor:
-        return (backend.contrastive_loss(batch._replace(features=features)) * upstream).sum()
+        return (backend.losses(batch._replace(features=features)) * grad_output).sum()
 
-    _, expected, _ = loss_and_gradients(backend.contrastive_loss, batch)
+    _, expected, _ = loss_and_gradients(backend.losses, batch)
     torch.testing.assert_close(torch.func.grad(total)(batch.features.detach()), expected, rtol=0, atol=0)
+
+
+def test_torch_func_vjp(device: torch.device) -> None:
+    """Its backward pass runs when the transform is over, and its tensors are still wrapped."""
+    batch = random_batch(device, 20, 7, 16)
+
+    def losses(features: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+        return backend.losses(batch._replace(features=features, prototypes=prototypes))
+
+    value, pull_back = torch.func.vjp(losses, batch.features.detach(), batch.prototypes.detach())
+    ours = [value, *pull_back(grad_output_of(batch))]
+    for one, expected in zip(ours, loss_and_gradients(backend.losses, batch), strict=True):
+        assert torch.equal(one, expected)
 
 
 @WIDTHS
@@ -172,9 +186,9 @@ def test_autocast_rounds_nothing(register_width: int, tiny_tiles: Callable[..., 
     """float32 features under autocast keep float32 products, in the backward pass too."""
     tiny_tiles(register_width=register_width)
     batch = random_batch(device, 20, 7, 32)
-    expected = loss_and_gradients(backend.contrastive_loss, batch)
+    expected = loss_and_gradients(backend.losses, batch)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        under_autocast = loss_and_gradients(backend.contrastive_loss, batch)
+        under_autocast = loss_and_gradients(backend.losses, batch)
     for one, other in zip(expected, under_autocast, strict=True):
         assert torch.equal(one, other)
 
@@ -184,11 +198,11 @@ def test_autocast_rounds_nothing(register_width: int, tiny_tiles: Callable[..., 
 def test_cuda_graph_capture(device: torch.device) -> None:
     batch = random_batch(device, 64, 11, 64, dtype=torch.bfloat16)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    expected = loss_and_gradients(backend.contrastive_loss, batch)
+    expected = loss_and_gradients(backend.losses, batch)
     graph = torch.cuda.CUDAGraph()
-    upstream = upstream_of(batch)
+    grad_output = grad_output_of(batch)
     with torch.cuda.graph(graph):
-        captured = loss_and_gradients(backend.contrastive_loss, batch, upstream)
+        captured = loss_and_gradients(backend.losses, batch, grad_output)
     graph.replay()
     for one, other in zip(expected, captured, strict=True):
         assert torch.equal(one, other)

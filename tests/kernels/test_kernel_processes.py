@@ -31,13 +31,13 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     started.stop()
 
 
-def interpreted(group: ProcessGroup, case: Case, upstream: Tensor, sizes: list[int], options: dict) -> list[Tensor]:
+def interpreted(group: ProcessGroup, case: Case, grad_output: Tensor, sizes: list[int], options: dict) -> list[Tensor]:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     import interpreter
 
     if "rcl_fast.kernels" not in sys.modules:
         interpreter.repair()
-    return in_a_process(group, case, upstream, sizes, 10**6, {**options, "backend": "triton"})
+    return in_a_process(group, case, grad_output, sizes, 10**6, {**options, "backend": "triton"})
 
 
 @pytest.mark.parametrize("sizes", [[21, 9], [13, 0, 17]], ids=str)
@@ -46,10 +46,10 @@ def interpreted(group: ProcessGroup, case: Case, upstream: Tensor, sizes: list[i
 def test_error_is_that_of_plain_pytorch(pool: Processes, sizes: list[int], reduction: str, prototypes: bool) -> None:
     options: dict[str, Any] = {"reduction": reduction}
     case = draw_case(30, 24, prototypes=prototypes, class_average=prototypes, rebalance=True).to(torch.float32)
-    upstream = torch.linspace(-1, 2, 30, dtype=torch.float64)
-    exact = losses_and_gradients(case.to(torch.float64), upstream, backend="reference", **options)
-    plain = losses_and_gradients(case.to(torch.float64).to(torch.float32), upstream, backend="dense", **options)
-    ours = together(pool.run(len(sizes), interpreted, case, upstream, sizes, options), reduction)
+    grad_output = torch.linspace(-1, 2, 30, dtype=torch.float64)
+    exact = losses_and_gradients(case.to(torch.float64), grad_output, backend="reference", **options)
+    plain = losses_and_gradients(case.to(torch.float64).to(torch.float32), grad_output, backend="dense", **options)
+    ours = together(pool.run(len(sizes), interpreted, case, grad_output, sizes, options), reduction)
     # The loss is a difference of logits of up to 1/T and of log n, each rounded; a gradient is a sum of its own size.
     magnitudes = [10 + 7.0, *(gradient.abs().max() for gradient in exact[1:])]
     for truth, by_plain, by_ours, magnitude in zip(exact, plain, ours, magnitudes, strict=True):

@@ -26,7 +26,7 @@ class _Parts(torch.autograd.Function):
     def forward(
         ctx: Any, features: Tensor, prototypes: Tensor | None, batch: ContrastiveBatch, sizes: list[int]
     ) -> Tensor:
-        ctx.orders = [_own_first(len(features), sizes, part) for part in range(len(sizes))]
+        ctx.orders = [_part_first(len(features), sizes, part) for part in range(len(sizes))]
         ctx.batches = [batch._replace(features=features[order], labels=batch.labels[order]) for order in ctx.orders]
         ctx.sizes = sizes
         losses, lse, ctx.saved = zip(*map(backend.forward_rows, ctx.batches, sizes), strict=True)
@@ -34,9 +34,9 @@ class _Parts(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [
-            backend.backward_rows(batch, size, saved, ctx.lse[order], upstream[order])
+            backend.backward_rows(batch, size, saved, ctx.lse[order], grad_output[order])
             for batch, size, saved, order in zip(ctx.batches, ctx.sizes, ctx.saved, ctx.orders, strict=True)
         ]
         for_features, for_prototypes = zip(*gradients, strict=True)
@@ -44,7 +44,7 @@ class _Parts(torch.autograd.Function):
         return torch.cat(for_features), total, None, None
 
 
-def _own_first(n: int, sizes: list[int], part: int) -> Tensor:
+def _part_first(n: int, sizes: list[int], part: int) -> Tensor:
     parts = list(torch.arange(n).split(sizes))
     return torch.cat([parts.pop(part), *parts])
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from batches import PRESETS, assert_as_exact_as_plain, leaves, loss_and_gradients, random_batch, upstream_of
+from batches import PRESETS, assert_as_exact_as_plain, grad_output_of, leaves, loss_and_gradients, random_batch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +36,7 @@ def test_golden_cases(golden: dict[str, np.ndarray], device: torch.device) -> No
         class_average=bool(golden["class_average"]),
         normalize=bool(golden["normalize"]),
     )
-    losses = backend.contrastive_loss(batch)
+    losses = backend.losses(batch)
     np.testing.assert_allclose(losses.detach().cpu(), golden["loss_per_anchor"], rtol=2e-6, atol=2e-5)
 
     has_positive = tensor("has_positive")
@@ -63,7 +63,7 @@ def test_presets_over_several_tiles_on_every_axis(
         {"compressed": True},  # no bound on the similarities is known
         {"normalize": False, "temperature": 1.0},
         {"normalize": False, "compressed": True, "temperature": 1.0},
-        {"temperature": 0.02},  # the bound is too wide to do without a pivot
+        {"temperature": 0.02},  # the bound is too wide to do without a running maximum
         {"temperature": 0.5},
     ],
     ids=str,
@@ -112,17 +112,15 @@ def test_label_distributions(labels: list[int], with_prototypes: bool, device: t
 
 def test_anchors_without_a_positive_have_neither_loss_nor_gradient(device: torch.device) -> None:
     batch = random_batch(device, 6, 6, 12, with_prototypes=False, labels=torch.arange(6))
-    upstream = torch.full((6,), float("nan"), device=device)  # not even from an upstream that is no number
-    losses, gradient = loss_and_gradients(backend.contrastive_loss, batch, upstream)
+    grad_output = torch.full((6,), float("nan"), device=device)  # not even from an grad_output that is no number
+    losses, gradient = loss_and_gradients(backend.losses, batch, grad_output)
     assert losses.eq(0).all()
     assert gradient.eq(0).all()
 
 
 def test_empty_batch(device: torch.device) -> None:
     batch = random_batch(device, 0, 5, 12)
-    losses, for_features, for_prototypes = loss_and_gradients(
-        backend.contrastive_loss, batch, torch.ones(0, device=device)
-    )
+    losses, for_features, for_prototypes = loss_and_gradients(backend.losses, batch, torch.ones(0, device=device))
     assert losses.shape == (0,)
     assert for_features.shape == (0, 12)
     assert for_prototypes.eq(0).all()
@@ -134,7 +132,7 @@ def test_zero_rows_have_finite_gradients(dtype: torch.dtype, device: torch.devic
     with torch.no_grad():
         batch.features[3:5] = 0
         batch.prototypes[2] = 0
-    truth, ours = (loss_and_gradients(loss, batch) for loss in (_reference, backend.contrastive_loss))
+    truth, ours = (loss_and_gradients(loss, batch) for loss in (_reference, backend.losses))
     for exact, our in zip(truth, ours, strict=True):
         scale = float(exact.abs().max())
         torch.testing.assert_close(our.double(), exact.double(), rtol=0, atol=4 * torch.finfo(dtype).eps * scale + 1e-5)
@@ -143,7 +141,7 @@ def test_zero_rows_have_finite_gradients(dtype: torch.dtype, device: torch.devic
 def _reference(batch: ContrastiveBatch) -> torch.Tensor:
     from rcl_fast.backends import reference
 
-    return reference.contrastive_loss(batch)
+    return reference.losses(batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -166,17 +164,17 @@ def test_sixteen_bits_with_other_options(options: dict, dtype: torch.dtype, devi
 def test_float16_keeps_gradients_of_small_upstreams(
     register_width: int, tiny_tiles: Tiles, device: torch.device
 ) -> None:
-    """A mean over a large batch weighs each anchor below float16's range; long features weigh the weights down too."""
+    """A mean over a large batch weighs each anchor below float16's range; long features make dlogits smaller still."""
     tiny_tiles(register_width=register_width)
     small = random_batch(device, 30, 7, 24, dtype=torch.float16)
     single = small._replace(
         features=small.features.detach().float().requires_grad_(),
         prototypes=small.prototypes.detach().float().requires_grad_(),
     )
-    upstream = upstream_of(small)
-    _, *exact = loss_and_gradients(backend.contrastive_loss, single, upstream)
-    _, *half = loss_and_gradients(backend.contrastive_loss, small, 64 * upstream)
-    _, *tiny = loss_and_gradients(backend.contrastive_loss, small, 2.0**-12 * upstream)
+    grad_output = grad_output_of(small)
+    _, *exact = loss_and_gradients(backend.losses, single, grad_output)
+    _, *half = loss_and_gradients(backend.losses, small, 64 * grad_output)
+    _, *tiny = loss_and_gradients(backend.losses, small, 2.0**-12 * grad_output)
     for exactly, at_64, at_small in zip(exact, half, tiny, strict=True):
         scale = exactly.abs().max()
         torch.testing.assert_close(at_64.float() / 64 / scale, exactly / scale, rtol=0, atol=2e-3)
@@ -193,7 +191,7 @@ def test_mixed_dtypes_are_promoted(left: torch.dtype, right: torch.dtype, device
         features=mixed.features.detach().to(left).requires_grad_(),
         prototypes=mixed.prototypes.detach().to(right).requires_grad_(),
     )
-    losses, *gradients = loss_and_gradients(backend.contrastive_loss, mixed)
+    losses, *gradients = loss_and_gradients(backend.losses, mixed)
     assert losses.dtype == torch.float32
     assert [gradient.dtype for gradient in gradients] == [left, right]
     exact, *_ = loss_and_gradients(_reference, mixed)
@@ -202,7 +200,7 @@ def test_mixed_dtypes_are_promoted(left: torch.dtype, right: torch.dtype, device
 
 def test_float64_is_sent_to_tiled(device: torch.device) -> None:
     with pytest.raises(TypeError, match="tiled"):
-        backend.contrastive_loss(random_batch(device, dtype=torch.float64))
+        backend.losses(random_batch(device, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("programs", [1, 4, 1000], ids=["no split", "some", "one tile a split"])
@@ -227,7 +225,7 @@ def test_histogram_of_large_batches(monkeypatch: pytest.MonkeyPatch, device: tor
 def test_the_same_bits_every_run(register_width: int, tiny_tiles: Tiles, device: torch.device) -> None:
     tiny_tiles(register_width=register_width)
     batch = random_batch(device, 45, 19, 24, dtype=torch.bfloat16)
-    first, second = (loss_and_gradients(backend.contrastive_loss, batch) for _ in range(2))
+    first, second = (loss_and_gradients(backend.losses, batch) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
@@ -249,7 +247,7 @@ def test_jacobian_is_that_of_central_differences(
     """gradcheck, with float64 differences of the reference: every anchor's loss by every number of its inputs."""
     tiny_tiles(register_width=register_width)
     batch = random_batch(device, N=7, C=4, D=8, **options)
-    losses, wanted = backend.contrastive_loss(batch), leaves(batch)
+    losses, wanted = backend.losses(batch), leaves(batch)
     each_anchor = [torch.autograd.grad(loss, wanted, retain_graph=True) for loss in losses]
     for rows, *gradients in zip(wanted, *each_anchor, strict=True):
         name = "features" if rows is batch.features else "prototypes"

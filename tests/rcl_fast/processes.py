@@ -29,7 +29,7 @@ class Processes:
     def _start(self) -> None:
         store = tempfile.mktemp(dir=self._folder)
         context = multiprocessing.get_context("forkserver")  # a plain fork would inherit the threads of this process
-        context.set_forkserver_preload(["torch", "rcl_fast"])
+        context.set_forkserver_preload(["torch", "rcl_fast.losses", "rcl_fast.distributed"])
         self._connections = []
         self._processes = []
         for rank in range(MOST):

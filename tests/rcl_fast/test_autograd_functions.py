@@ -1,6 +1,6 @@
 """What every custom autograd Function keeps to, so that torch.compile traces it right.
 
-PyTorch 2.11's compiler hands a Function a zero upstream where its forward pass returns a tensor that it changed in
+PyTorch 2.11's compiler hands a Function a zero grad_output where its forward pass returns a tensor that it changed in
 place: the loss is right, every gradient 0, and nothing says so. Each tensor counts its in-place changes, so that every
 version of PyTorch shows the fault.
 """

@@ -39,7 +39,7 @@ def rank_of(group: ProcessGroup) -> int:
     return distributed.get_rank(group)
 
 
-def own(case: Case, sizes: list[int], rank: int) -> Case:
+def local_part(case: Case, sizes: list[int], rank: int) -> Case:
     """The part of a batch that lies in that process; prototypes and options are everyone's."""
     part = case.to(case["features"].dtype)
     part["features"] = case["features"].detach().split(sizes)[rank].clone().requires_grad_()
@@ -47,19 +47,21 @@ def own(case: Case, sizes: list[int], rank: int) -> Case:
     return part
 
 
-def losses_and_gradients(case: Case, upstream: Tensor, **options: Any) -> list[Tensor]:
-    """[loss, gradient of the features, of the prototypes]; `upstream` [n] weighs the losses that are not reduced."""
+def losses_and_gradients(case: Case, grad_output: Tensor, **options: Any) -> list[Tensor]:
+    """[loss, gradient of the features, of the prototypes]; `grad_output` [n] weighs the losses that are not reduced."""
     loss = contrastive_loss(**case, **options)
-    loss.backward(upstream.to(loss.dtype) if options.get("reduction") == "none" else torch.tensor(3.0).to(loss.dtype))
+    loss.backward(
+        grad_output.to(loss.dtype) if options.get("reduction") == "none" else torch.tensor(3.0).to(loss.dtype)
+    )
     return [loss.detach(), *case.gradients()]
 
 
 def in_a_process(
-    group: ProcessGroup, case: Case, upstream: Tensor, sizes: list[int], chunk_bytes: int, options: dict[str, Any]
+    group: ProcessGroup, case: Case, grad_output: Tensor, sizes: list[int], chunk_bytes: int, options: dict[str, Any]
 ) -> list[Tensor]:
     tiled.CHUNK_BYTES["cpu"] = chunk_bytes  # small shapes must still exceed one chunk
     rank = rank_of(group)
-    return losses_and_gradients(own(case, sizes, rank), upstream.split(sizes)[rank], group=group, **options)
+    return losses_and_gradients(local_part(case, sizes, rank), grad_output.split(sizes)[rank], group=group, **options)
 
 
 def together(results: list[list[Tensor]], reduction: str) -> list[Tensor]:
@@ -81,9 +83,9 @@ def assert_equals_one_process(
     chunk_bytes: int = 4_000,
     **options: Any,
 ) -> None:
-    upstream = torch.linspace(-1, 2, sum(sizes), dtype=torch.float64)
-    results = processes.run(len(sizes), in_a_process, case, upstream, sizes, chunk_bytes, options)
-    alone = losses_and_gradients(case.to(torch.float64), upstream, **{**options, "backend": "reference"})
+    grad_output = torch.linspace(-1, 2, sum(sizes), dtype=torch.float64)
+    results = processes.run(len(sizes), in_a_process, case, grad_output, sizes, chunk_bytes, options)
+    alone = losses_and_gradients(case.to(torch.float64), grad_output, **{**options, "backend": "reference"})
     for ours, exact in zip(together(results, options["reduction"]), alone, strict=True):
         torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
 
@@ -130,9 +132,9 @@ def test_golden_cases(processes: Processes, golden: dict[str, np.ndarray], backe
     case = case_of(golden, torch.float64)
     n = len(case["labels"])
     sizes = [n - n // 3 - n // 4, n // 3, n // 4]
-    upstream = torch.ones(n, dtype=torch.float64) / max(1, int(golden["has_positive"].sum()))
+    grad_output = torch.ones(n, dtype=torch.float64) / max(1, int(golden["has_positive"].sum()))
     options = {"reduction": "none", "backend": backend}
-    ours = together(processes.run(3, in_a_process, case, upstream, sizes, 4_000, options), "none")
+    ours = together(processes.run(3, in_a_process, case, grad_output, sizes, 4_000, options), "none")
     losses = np.where(golden["has_positive"], golden["loss_per_anchor"], 0)
     wanted = [losses, golden["grad_features"], *([golden["grad_prototypes"]] if "prototypes" in golden else [])]
     for got, want in zip(ours, wanted, strict=True):
@@ -145,11 +147,11 @@ def test_error_is_that_of_plain_pytorch_in_the_same_dtype(
     processes: Processes, dtype: torch.dtype, reduction: str
 ) -> None:
     rounded = draw_case(90, 130, 25, class_average=True, rebalance=True).to(dtype)
-    upstream, options = torch.linspace(-1, 2, 90, dtype=torch.float64), {"reduction": reduction}
-    exact = losses_and_gradients(rounded.to(torch.float64), upstream, backend="reference", **options)
-    plain = losses_and_gradients(rounded.to(torch.float64).to(dtype), upstream, backend="dense", **options)
+    grad_output, options = torch.linspace(-1, 2, 90, dtype=torch.float64), {"reduction": reduction}
+    exact = losses_and_gradients(rounded.to(torch.float64), grad_output, backend="reference", **options)
+    plain = losses_and_gradients(rounded.to(torch.float64).to(dtype), grad_output, backend="dense", **options)
     sizes, options = [40, 27, 23], {**options, "backend": "tiled"}
-    results = processes.run(3, in_a_process, rounded, upstream, sizes, 40_000, options)
+    results = processes.run(3, in_a_process, rounded, grad_output, sizes, 40_000, options)
     for_features = torch.cat([gradient.double() for _, gradient, _ in results]) / 3
     for_prototypes = sum(gradient.double() for _, _, gradient in results) / 3
     losses = torch.cat([loss for loss, _, _ in results]) if reduction == "none" else results[0][0]
@@ -244,7 +246,7 @@ def test_sgd_under_ddp_has_the_parameters_of_one_process(processes: Processes, w
 
 
 def counted(
-    group: ProcessGroup, case: Case, upstream: Tensor, sizes: list[int], options: dict[str, Any]
+    group: ProcessGroup, case: Case, grad_output: Tensor, sizes: list[int], options: dict[str, Any]
 ) -> tuple[int, list[str]]:
     """Bytes that this process gives to collectives in a step, and the names of all that the profiler saw."""
     sent = 0
@@ -258,7 +260,7 @@ def counted(
     distributed.all_gather_into_tensor = gather_and_count
     try:
         with torch.profiler.profile() as profile:
-            in_a_process(group, case, upstream, sizes, 10**6, options)
+            in_a_process(group, case, grad_output, sizes, 10**6, options)
     finally:
         distributed.all_gather_into_tensor = gather
     return sent, [event.name for event in profile.events() if event.name.startswith("c10d::")]
@@ -272,7 +274,7 @@ def test_bytes_sent(processes: Processes, dtype: torch.dtype, reduction: str) ->
     sizes, options = [13, 8, 9], {"reduction": reduction, "backend": "tiled"}
     for sent, names in processes.run(3, counted, case, torch.ones(30), sizes, options):
         assert sent == bytes_sent(13, 7, dtype)
-        # Sizes, features and labels, then lse with losses or with upstream weights: no gradient.
+        # Sizes, features and labels, then lse with losses or with grad_output: no other gradient.
         assert names == ["c10d::_allgather_base_"] * 3
 
 
@@ -302,7 +304,7 @@ def test_calls_that_differ_are_refused_in_every_process(processes: Processes, wh
 
 
 def compiled_and_autocast(group: ProcessGroup, case: Case, sizes: list[int]) -> list[Tensor]:
-    part = own(case, sizes, rank_of(group))
+    part = local_part(case, sizes, rank_of(group))
     criterion = ContrastiveLoss.preset("bcl_rcl", case["class_counts"], group=group)
 
     def loss_of(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
@@ -331,7 +333,7 @@ def test_under_compile_and_autocast(processes: Processes) -> None:
 
 
 def backward_twice(group: ProcessGroup, case: Case, sizes: list[int]) -> bool:
-    part = own(case, sizes, rank_of(group))
+    part = local_part(case, sizes, rank_of(group))
     loss = contrastive_loss(**part, group=group)
     loss.backward(retain_graph=True)
     once = part["features"].grad.clone()

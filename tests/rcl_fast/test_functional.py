@@ -22,9 +22,9 @@ def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tiled.CHUNK_BYTES, "cpu", 9_000)
 
 
-def run(case: Case, backend: str, reduction: str = "mean", upstream: torch.Tensor | None = None) -> torch.Tensor:
+def run(case: Case, backend: str, reduction: str = "mean", grad_output: torch.Tensor | None = None) -> torch.Tensor:
     loss = contrastive_loss(**case, backend=backend, reduction=reduction)
-    loss.backward(upstream if upstream is not None else torch.ones_like(loss))
+    loss.backward(grad_output if grad_output is not None else torch.ones_like(loss))
     return loss.detach()
 
 
@@ -180,15 +180,15 @@ def test_low_temperatures_do_not_overflow(reduction: str) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_strided_features_and_upstream(backend: str, reduction: str) -> None:
+def test_strided_features_and_grad_output(backend: str, reduction: str) -> None:
     case = draw_case(24, 10, class_average=True)
     strided, plain = case.to(torch.float64), case.to(torch.float64)
     strided["features"] = torch.stack([case["features"].detach()] * 2, dim=-1)[..., 0].requires_grad_()
     strided["prototypes"] = case["prototypes"].detach().T.contiguous().T.requires_grad_()
     assert not strided["features"].is_contiguous()
-    upstream = torch.randn(24, 3, dtype=torch.float64)[:, 1] if reduction == "none" else torch.tensor(-2.5).double()
-    run(strided, backend, reduction, upstream)
-    run(plain, backend, reduction, upstream.clone())
+    grad_output = torch.randn(24, 3, dtype=torch.float64)[:, 1] if reduction == "none" else torch.tensor(-2.5).double()
+    run(strided, backend, reduction, grad_output)
+    run(plain, backend, reduction, grad_output.clone())
     assert_same(strided, plain)
 
 

@@ -29,7 +29,7 @@ def products_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     return multiplied
 
 
-def in_its_own_dtype(case: Case, reduction: str) -> torch.Tensor:
+def in_the_inputs_dtype(case: Case, reduction: str) -> torch.Tensor:
     """Plain PyTorch with every product in the inputs' dtype, as kernels/README.md compares it."""
     z, c = case["features"], case["prototypes"]
     labels = torch.cat([case["labels"], torch.arange(len(c))])
@@ -59,7 +59,7 @@ def test_error_is_that_of_plain_pytorch_in_the_same_dtype(
     rounded = draw_case(n, 130, 25, class_average=True, rebalance=True, compression=compression).to(dtype)
     truth = rounded.to(torch.float64)
     plain, ours = truth.to(dtype), truth.to(dtype)
-    values = [run(truth, "reference", reduction), in_its_own_dtype(plain, reduction), run(ours, "tiled", reduction)]
+    values = [run(truth, "reference", reduction), in_the_inputs_dtype(plain, reduction), run(ours, "tiled", reduction)]
     assert set(products_of_16_bits) == {dtype}
     triples = [values, *zip(truth.gradients(), plain.gradients(), ours.gradients(), strict=True)]
     for exact, by_plain, by_ours in triples:
@@ -89,12 +89,12 @@ def test_zero_rows_and_no_prototypes() -> None:
 
 
 def test_small_weights_of_a_large_upstream_survive() -> None:
-    """In float16 a mean over many anchors would be below the smallest number, were it not for the gain."""
+    """In float16 a mean over many anchors would be below the smallest number, were it not for the gradient scale."""
     case = draw_case(60, 40, 9, class_average=True).to(torch.float16)
     exact = case.to(torch.float64)
-    upstream = torch.full((60,), 2.0**-30)
-    run(case, "tiled", "none", upstream * 2**15)
-    run(exact, "reference", "none", upstream.double() * 2**15)
+    grad_output = torch.full((60,), 2.0**-30)
+    run(case, "tiled", "none", grad_output * 2**15)
+    run(exact, "reference", "none", grad_output.double() * 2**15)
     largest = exact["prototypes"].grad.abs().max()
     error = (case["prototypes"].grad.double() - exact["prototypes"].grad).abs().max()
     assert error <= 2**-10 * largest + 2**-24
@@ -102,8 +102,8 @@ def test_small_weights_of_a_large_upstream_survive() -> None:
 
 def test_part_of_the_anchors_as_one_of_several_processes_has_it() -> None:
     case = draw_case(60, 40, 9, class_average=True, rebalance=True).to(torch.float16)
-    upstream = torch.linspace(-1, 2, 60)
-    losses = run(case, "tiled", "none", upstream)
+    grad_output = torch.linspace(-1, 2, 60)
+    losses = run(case, "tiled", "none", grad_output)
     batch = tiled_keys.ContrastiveBatch(
         case["features"].detach(),
         case["labels"],
@@ -116,10 +116,10 @@ def test_part_of_the_anchors_as_one_of_several_processes_has_it() -> None:
         True,
     )
     _, lse, _ = tiled.forward_rows(batch, 60)
-    own, _, saved = tiled.forward_rows(batch, 23)
-    for_features, _ = tiled.backward_rows(batch, 23, saved, lse, upstream)
-    torch.testing.assert_close(own, losses[:23], rtol=0, atol=1e-5)
-    # Weights and gradients are each rounded to 11 bits once, after gains of their own chunks.
+    part, _, saved = tiled.forward_rows(batch, 23)
+    for_features, _ = tiled.backward_rows(batch, 23, saved, lse, grad_output)
+    torch.testing.assert_close(part, losses[:23], rtol=0, atol=1e-5)
+    # dlogits and gradients are each rounded to 11 bits once, after a scale for each chunk.
     tolerance = 2**-10 * case["features"].grad.abs().max()
     assert (for_features.float() - case["features"].grad[:23].float()).abs().max() <= tolerance
 

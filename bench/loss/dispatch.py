@@ -1,0 +1,85 @@
+"""Time that PyTorch takes around the kernels, forward and backward: through an autograd.Function, and an operator.
+
+    python -m bench.loss.dispatch --output bench/results/speed/dispatch_cpu.jsonl
+
+It runs on any machine: functions that return empty tensors take the place of the kernels. Each round runs both ways, so
+that a slow moment of the machine meets both alike; figures are medians, in microseconds a forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import tyro
+from torch import Tensor
+
+from bench.rows import append, spread
+from rcl_fast.backends import triton as backend
+from rcl_fast.kernels import passes
+from rcl_fast.kernels.pack import KernelInputs
+
+N, C, D = 16, 4, 16  # small: nothing but the way there is to take time
+WAYS: dict[str, Callable[..., Any]] = {"function": backend._Loss.apply, "operator": backend._forward_op}
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    rounds: int = 200
+    """Rounds of both ways; the first one warms up and is not counted."""
+    calls: int = 20
+    """Forward and backward passes of one way in a round."""
+    output: Path | None = None
+    """File of JSON lines to append the rows to."""
+    dry_run: bool = False
+    """Two rounds: proves the script."""
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    if options.dry_run:
+        options.rounds = 2
+    with mock.patch.object(passes, "forward", forward), mock.patch.object(passes, "backward", backward):
+        taken = measure(options.rounds, options.calls)
+    rows = [{"way": way, "rounds": options.rounds, **spread("microseconds", figures)} for way, figures in taken.items()]
+    for row in rows:
+        print("{way:10} {microseconds:6.1f} µs ({microseconds_p20:.1f} to {microseconds_p80:.1f})".format(**row))
+    print(f"the operator takes {rows[1]['microseconds'] - rows[0]['microseconds']:.0f} µs more")
+    append(options.output, rows, options.dry_run)
+
+
+def forward(inputs: KernelInputs) -> tuple[Tensor, ...]:
+    """Returns tensors of the shapes that the kernels would fill."""
+    return torch.empty(N), torch.empty(N), torch.empty(N + C, D), torch.empty(3, N + C), torch.empty(N + C).int()
+
+
+def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Returns gradients that nobody computed."""
+    return torch.empty(N, D), torch.empty(C, D)
+
+
+def measure(rounds: int, calls: int) -> dict[str, list[float]]:
+    """Returns microseconds of a forward and backward pass of each way, round by round."""
+    features, prototypes = torch.randn(N, D, requires_grad=True), torch.randn(C, D, requires_grad=True)
+    inputs = KernelInputs(features, prototypes, torch.arange(N) % C, None, None, C, 0.1, True, True)
+    grad_losses = torch.ones(N)
+    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds + 1):
+        for way, losses_of in WAYS.items():
+            began = time.perf_counter()
+            for _ in range(calls):
+                losses, *_ = losses_of(*inputs)
+                torch.autograd.grad(losses, (features, prototypes), grad_losses)
+            taken[way].append(1e6 * (time.perf_counter() - began) / calls)
+    return {way: figures[1:] for way, figures in taken.items()}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
