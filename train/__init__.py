@@ -1,4 +1,4 @@
-"""The trainer: `python train/run.py`, or the command `rcl-train`. It needs the extra [train]."""
+"""The trainer: `python train/run.py` or the command `rcl-train`. It needs the extra [train]."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""A run's configuration: the recipe of a data set, the command line that changes it, what config.json keeps of it."""
+"""A run's configuration: from the recipe of a data set, the command line, and an earlier run's config.json."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+from rcl_fast.train.errors import NotFound, UserError, refuse
 from rcl_fast.train.options import Config, Dataset, Loss
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """The configuration of a command line: the recipe of --dataset (or the run of --resume), then what it overrides."""
+    """Returns a command line's configuration: the recipe of --dataset (or the run of --resume), with its overrides.
+
+    Raises:
+        UserError: values that are not allowed.
+        SystemExit: --help was asked for, or an option is not known; tyro has printed the text.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=get_args(Dataset), default="digits_lt")
@@ -59,7 +65,7 @@ _SHARED_RECIPES = {"cifar10_lt": "cifar_lt", "cifar100_lt": "cifar_lt"}
 
 
 def recipe(dataset: str, loss: str) -> Config:
-    """The defaults of a data set and a loss, from its file in recipes/: [SECTION], then [when.LOSS.SECTION]."""
+    """Returns the defaults of a data set and a loss, from its file in recipes/: [SECTION], then [when.LOSS.SECTION]."""
     path = resources.files("rcl_fast.train") / "recipes" / f"{_SHARED_RECIPES.get(dataset, dataset)}.toml"
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     overrides = values.pop("when", {}).get(loss, {})
@@ -71,15 +77,15 @@ def recipe(dataset: str, loss: str) -> Config:
 
 
 def saved_config(run: Path) -> Config:
-    """The configuration of an earlier run, with `resume` set to it and its folder as output."""
+    """Returns an earlier run's configuration, with `resume` and `output` set to its folder. Raises NotFound."""
     path = run / "config.json"
     if not path.is_file():
-        raise SystemExit(f"--resume {run}: no config.json there; give the folder of an earlier run, like runs/NAME")
+        raise NotFound(f"--resume {run}: no config.json there; give the folder of an earlier run, like runs/NAME")
     config = from_dict(json.loads(path.read_text(encoding="utf-8")))
     return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=run, output=run))
 
 
-# What a resumed run may change: where things are and how they are computed, not what is computed.
+# The options that a resumed run may change: where things are and how they are computed, not what is computed.
 RESUMABLE = {
     "data": {"data", "workers", "manifest"},
     "run": {"device", "precision", "channels_last", "compile", "cuda_graph", "checkpoint_minutes", "timeout_minutes"},
@@ -87,7 +93,7 @@ RESUMABLE = {
 
 
 def check_resumable(saved: Config, config: Config) -> None:
-    """Raises SystemExit where a resumed run would no longer be the run that it goes on with."""
+    """Raises UserError where the options of a resumed run would make it another run."""
     before, after = saved.to_dict(), config.to_dict()
     changed = [
         f"--{name.replace('_', '-')} (was {before[section][name]}, now {value})"
@@ -96,11 +102,11 @@ def check_resumable(saved: Config, config: Config) -> None:
         if value != before[section][name] and name not in RESUMABLE.get(section, set())
     ]
     if changed:
-        raise SystemExit(f"--resume goes on with the run as it was; start a new run to change {', '.join(changed)}")
+        raise UserError(f"--resume goes on with the run as it was; start a new run to change {', '.join(changed)}")
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
-    """A configuration from plain values by section; an unknown name is an error."""
+    """Returns the configuration from plain values by section. Raises ValueError for an unknown name."""
     sections = get_type_hints(Config)
     unknown = values.keys() - sections.keys()
     if unknown:
@@ -120,7 +126,7 @@ def _section(kind: type[Section], values: dict[str, Any]) -> Section:
 
 
 def _plain(hint: Any, value: Any) -> Any:
-    """JSON and TOML know neither tuples nor paths."""
+    """Returns a value from JSON or TOML, as a tuple or a path where the type is one."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and Path in (hint, *get_args(hint)):
@@ -129,56 +135,44 @@ def _plain(hint: Any, value: Any) -> Any:
 
 
 def check_shared(config: Config, processes: int) -> None:
-    """Whether so many processes can share the batch; raises SystemExit with what to change."""
+    """Raises UserError, with what to change, where so many processes can't share the batch."""
     batch, parts = config.optimization.batch_size, config.optimization.accumulate
     if batch % processes:
         below = batch // processes * processes
         near = f"{below} or {below + processes}" if below else f"{processes} or more"
-        raise SystemExit(
+        raise UserError(
             f"--batch-size {batch} is of all processes together and must be a multiple of their number, {processes}: "
             f"take {near}"
         )
     if batch // processes < 2 * parts:
-        raise SystemExit(
+        raise UserError(
             f"--batch-size {batch} leaves each part less than 2 images, with {processes} processes and --accumulate "
             f"{parts}: take at least {2 * parts * processes}, or fewer of these"
         )
 
 
 def check(config: Config) -> None:
-    """Values that no type can rule out; raises SystemExit with what to change."""
-    optimization, loss, data = config.optimization, config.loss, config.data
-    problems = [
-        message
-        for wrong, message in [
-            (optimization.epochs < 1, f"--epochs must be at least 1, got {optimization.epochs}"),
-            (optimization.batch_size < 2, f"--batch-size must be at least 2, got {optimization.batch_size}"),
-            (
-                not 1 <= optimization.accumulate <= optimization.batch_size // 2,
-                f"--accumulate must lie between 1 and half the batch size, got {optimization.accumulate}",
+    """Raises UserError, with what to change, for values that no type can rule out."""
+    optimization, loss, data, run = config.optimization, config.loss, config.data, config.run
+    half = optimization.batch_size // 2
+    refuse(
+        {
+            f"--epochs must be at least 1, got {optimization.epochs}": optimization.epochs < 1,
+            f"--batch-size must be at least 2, got {optimization.batch_size}": optimization.batch_size < 2,
+            f"--accumulate must lie between 1 and half the batch size, got {optimization.accumulate}": (
+                not 1 <= optimization.accumulate <= half
             ),
-            (
-                config.run.checkpoint_minutes < 0,
-                f"--checkpoint-minutes must be 0 or more, got {config.run.checkpoint_minutes}",
+            f"--checkpoint-minutes must be 0 or more, got {run.checkpoint_minutes}": run.checkpoint_minutes < 0,
+            f"--timeout-minutes must be above 0, got {run.timeout_minutes}": run.timeout_minutes <= 0,
+            f"--lr must be above 0, got {optimization.lr}": optimization.lr <= 0,
+            f"--temperature must be above 0, got {loss.temperature}": loss.temperature <= 0,
+            f"--imbalance must be at least 1, got {data.imbalance}": data.imbalance < 1,
+            f"--validation-fraction must lie between 0 and 1, got {data.validation_fraction}": (
+                not 0 < data.validation_fraction < 1
             ),
-            (
-                config.run.timeout_minutes <= 0,
-                f"--timeout-minutes must be above 0, got {config.run.timeout_minutes}",
+            f"--workers must be 0 or more, got {data.workers}": data.workers < 0,
+            "--loss ldam_drw sets margins between angles: add --classifier cosine": (
+                loss.loss == "ldam_drw" and config.model.classifier != "cosine"
             ),
-            (optimization.lr <= 0, f"--lr must be above 0, got {optimization.lr}"),
-            (loss.temperature <= 0, f"--temperature must be above 0, got {loss.temperature}"),
-            (data.imbalance < 1, f"--imbalance must be at least 1, got {data.imbalance}"),
-            (
-                not 0 < data.validation_fraction < 1,
-                f"--validation-fraction must lie between 0 and 1, got {data.validation_fraction}",
-            ),
-            (data.workers < 0, f"--workers must be 0 or more, got {data.workers}"),
-            (
-                loss.loss == "ldam_drw" and config.model.classifier != "cosine",
-                "--loss ldam_drw sets margins between angles: add --classifier cosine",
-            ),
-        ]
-        if wrong
-    ]
-    if problems:
-        raise SystemExit("\n".join(problems))
+        }
+    )

@@ -1,4 +1,4 @@
-"""A run's network, to classify images with."""
+"""A run's network, loaded from its folder: to classify images, or to go on from it."""
 
 from __future__ import annotations
 
@@ -6,33 +6,66 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from rcl_fast.train import config
+from torch import Tensor
+
+from rcl_fast.train.config import saved_config
+from rcl_fast.train.errors import NotFound
+from rcl_fast.train.loop.training import check_origin, check_shapes
 from rcl_fast.train.network.models import LongTailedClassifier, build_network
+from rcl_fast.train.options import Config
 from rcl_fast.train.report.results import PER_CLASS
 from rcl_fast.train.rundir import checkpoints
 from rcl_fast.train.views.transforms import View, evaluation_view
 
 
 class Trained(NamedTuple):
-    """What classifies an image: `model.classifier(model.backbone(view(image)[None]))` are its logits [1, C]."""
+    """What classifies an image: its logits [1, C] are `model.classifier(model.backbone(view(image)[None]))`."""
 
     model: LongTailedClassifier  # on the CPU, in evaluation mode
-    view: View  # RGB image of Pillow -> float32 [3, S, S], as the run was tested
+    view: View  # Pillow's RGB image -> float32 [3, S, S], as in the run's test
     class_names: list[str]  # [C], in the order of the logits
 
 
 def load_run(run: Path, checkpoint: str = checkpoints.BEST) -> Trained:
-    """Of a finished run's folder, or of its second stage's (RUN/second_stage/METHOD), by one of its checkpoints.
+    """Loads a network to classify with, from the folder of a finished run or second stage (RUN/second_stage/METHOD).
 
-    Raises SystemExit where the folder is no run's, or the checkpoint can't be read.
+    Args:
+        checkpoint: the file in that folder; by default that of the epoch that was best on validation.
+
+    Raises:
+        NotFound: the folder is not that of a run, or the run is not finished.
+        UserError: the checkpoint can't be read, or is of another network than config.json describes.
     """
-    settings = config.saved_config(run.parent.parent if run.parent.name == "second_stage" else run)
-    model = build_network(settings, checkpoints.load(run / checkpoint)["model"])
-    return Trained(model.eval(), evaluation_view(settings.views), _class_names(run / PER_CLASS))
+    loaded = load_network(run, checkpoint)
+    return Trained(loaded.model, evaluation_view(loaded.config.views), loaded.class_names)
+
+
+class Loaded(NamedTuple):
+    """A run's network, and what is known of its training."""
+
+    model: LongTailedClassifier  # on the CPU, in evaluation mode
+    config: Config  # of the run
+    class_names: list[str]  # [C]
+    class_counts: Tensor | None  # int64 [C] images it was trained on; None: the checkpoint does not say
+    epoch: int | None  # after which the checkpoint was written, from 1; None: the checkpoint does not say
+
+
+def load_network(run: Path, checkpoint: str) -> Loaded:
+    """Loads the network of one of a run's checkpoints, to go on from it. Raises as `load_run`."""
+    config = saved_config(run.parent.parent if run.parent.name == "second_stage" else run)
+    last = checkpoint == checkpoints.LAST  # where it is damaged, PREVIOUS stands in for it
+    state = checkpoints.last_epoch(run).state if last else checkpoints.load(run / checkpoint)
+    class_names = _class_names(run / PER_CLASS)
+    model = build_network(config, len(class_names))
+    if "of" in state:  # not in a second stage's checkpoint
+        check_origin(state["of"], config, len(class_names))
+    check_shapes(state["model"], model)
+    model.load_state_dict(state["model"])
+    return Loaded(model.eval(), config, class_names, state.get("class_counts"), state.get("epoch"))
 
 
 def _class_names(file: Path) -> list[str]:
     if not file.is_file():
-        raise SystemExit(f"{file} is not there, which names the classes: finish the run with --resume {file.parent}")
+        raise NotFound(f"{file} is not there, which names the classes: finish the run with --resume {file.parent}")
     with file.open(encoding="utf-8", newline="") as rows:
         return [row["class"] for row in csv.DictReader(rows)]

@@ -1,4 +1,7 @@
-"""Every option of a run, in sections, with its default where no recipe has one. It imports nothing of the trainer."""
+"""Every option of the five commands, with its default where no recipe has one. It imports nothing of the trainer.
+
+Nor does it load PyTorch: a command prints its help and finds a typo before that.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rcl_fast.losses import PRESETS
+from rcl_fast.presets import PRESETS
 
 ViewKind = Literal["crop_flip", "autoaugment", "randaugment", "sim", "sim_randaugment", "digits", "digits_sim"]
 
@@ -50,7 +53,7 @@ class ViewOptions:
 
 
 def training_kinds(options: ViewOptions, contrastive: bool) -> tuple[ViewKind, ...]:
-    """The views x1, x2, x3 of a training image; x1 alone where there is no contrastive loss to see the others."""
+    """Returns the kinds of the views x1, x2, x3 of a training image; without a contrastive loss, that of x1 alone."""
     return (options.x1, options.x2, options.x3) if contrastive else (options.x1,)
 
 
@@ -213,13 +216,134 @@ class Config:
         return self.loss.loss in PRESETS
 
     def epoch_of(self, share: float) -> int:
-        """The first epoch (from 0) of a phase that starts after `share` of all epochs."""
+        """Returns the first epoch (from 0) of a phase that starts after `share` of all epochs."""
         return round(share * self.optimization.epochs)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain values by section, ready for JSON."""
+        """Returns plain values by section, ready for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 def has_prototypes(config: Config) -> bool:
     return config.contrastive and PRESETS[config.loss.loss].prototypes
+
+
+Method = Literal["crt", "tau_norm", "lws"]
+
+
+@dataclass(frozen=True)
+class SecondStageOptions:
+    """Which run, and what becomes of its classifier."""
+
+    run: Path
+    """Folder of a finished run, like runs/NAME. Its configuration, data set and loader are used."""
+    method: Method
+    """crt: the classifier anew. tau_norm: its rows by their norm to the power tau. lws: a learnt factor a class."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which of the run's: of the epoch that it selected, or of its last."""
+    tau: float | None = None
+    """tau_norm: the power. None: the one of 0, 1 / (tau_steps - 1), ..., 1 that is best on validation."""
+    tau_steps: int = 21
+    """tau_norm: how many values of tau are tried."""
+    epochs: int = 10
+    """crt, lws: passes over as many images as the training set has (section 5.1 of the paper: 10)."""
+    lr: float | None = None
+    """crt, lws: learning rate at its highest. None: the authors' 0.2 for 512 images a step, in proportion."""
+    batch_size: int | None = None
+    """crt, lws: images a step. None: the run's."""
+    schedule: Literal["cosine", "steps"] = "cosine"
+    """crt, lws: per epoch, a cosine to 0 (the authors'), or times 0.1 at 80 and 90 % of the epochs."""
+    momentum: float = 0.9
+    """crt, lws: momentum of SGD (the authors')."""
+    weight_decay: float = 5e-4
+    """crt, lws: weight decay, of the classifier or of the factors (the authors')."""
+    seed: int | None = None
+    """Of cRT's new weights, the order and the augmentation. None: the run's."""
+    output: Path | None = None
+    """Folder of the results. None: RUN/second_stage/METHOD."""
+    data: Path | None = None
+    """Folder that holds the data set, where it has moved. None: the run's."""
+    workers: int | None = None
+    """As for train/run.py. None: the run's."""
+    device: str = "auto"
+    """As for train/run.py."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the backbone, as for train/run.py; the classifier is trained in fp32."""
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """The images to verify."""
+
+    dataset: Dataset
+    """Data set, as for train/run.py. "folder" is your own images: DATA/train/CLASS/*, DATA/test/CLASS/*."""
+    data: Path | None = None
+    """Folder that holds the data set."""
+    manifest: Path | None = None
+    """File to write; None: DATA/rcl_fast_manifest.jsonl. Name one elsewhere where DATA is read-only."""
+    workers: int | None = None
+    """Processes that decode; 0: none but the main one. None: one for each CPU."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What is searched, where it is kept, and on which devices."""
+
+    dataset: Dataset
+    """Data set and recipe, as for train/run.py."""
+    study: Path
+    """Folder of the study: made where there is none, gone on with where there is one. Each trial is a run in it."""
+    grid: tuple[str, ...]
+    """Options of train/run.py and their values: tau=1.0,1.3,1.5 compression_rest=0.005,0.05. With --sampler tpe also
+    ranges: lr=0.05..0.4, or lr=0.01..1:log."""
+    data: Path | None = None
+    """Folder that holds the data set."""
+    sampler: Literal["grid", "tpe"] = "grid"
+    """grid: every combination once. tpe: Optuna's tree-structured Parzen estimator, as many as --trials."""
+    trials: int | None = None
+    """How many trials there are in all. None: the whole grid."""
+    devices: tuple[str, ...] | None = None
+    """GPUs, as CUDA_VISIBLE_DEVICES names them; by default all, else the CPU."""
+    jobs_per_device: int = 1
+    """Trials on a device at once: a CIFAR run does not fill a large GPU."""
+
+
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """On what, how much of it, and where the results go."""
+
+    data: Path | None = None
+    """Folder of the data set, or of several in folders of their names (DIR/cifar10_lt, DIR/cifar100_lt)."""
+    seeds: int = 3
+    """Seeds 0, 1, ... of each row."""
+    only: tuple[str, ...] = ()
+    """Rows to run and show, by their labels, like BCL+RCL; empty: all."""
+    folder: Path = Path("runs/reproduction")
+    """Where the runs are kept, each in a folder named by what it computes: tables share them."""
+    output: Path | None = None
+    """Folder of the table as Markdown and JSON, and of its runs' rows; by default tables/ in --folder."""
+    rows: tuple[Path, ...] = ()
+    """Files of rows that an earlier call wrote (TABLE.jsonl): those runs are not run again."""
+    run: bool = True
+    """--no-run: show what is finished, and train nothing."""
+    dry_run: bool = False
+    """Print the command of every run that is missing, and do nothing."""
+
+    dataset: Dataset | None = None
+    """One of the table's data sets alone; or another in place of them, and the table says so."""
+    epochs: int | None = None
+    """Not the paper's epochs, to see it work; the table says so."""
+    validate_on: Literal["validation", "test"] | None = None
+    """Where epochs are selected; by default on CIFAR the test set, as the literature does."""
+    more: str = ""
+    """Any other options of train/run.py, for all runs, like --more="--batch-size 128"; the table says so. Those that
+    change how runs are computed and not what, like --more="--cuda-graph --compile", leave the setting the paper's."""
+
+    devices: tuple[str, ...] | None = None
+    """GPUs, as CUDA_VISIBLE_DEVICES names them; by default all, else the CPU."""
+    jobs_per_device: int = 1
+    """Runs on a device at once: a CIFAR run does not fill a large GPU."""
+    gpus_per_run: int = 1
+    """GPUs that train one run together, for ImageNet-LT."""
+    part: str = "1/1"
+    """I/N: only every N-th of the runs, from the I-th on, and no table: for an array of jobs."""

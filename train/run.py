@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import os
-
-if __name__ == "__main__":  # read when PyTorch loads: threads that wait for work then let others run
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import sys
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from rcl_fast.train import config
-from rcl_fast.train.jobs import train
+from rcl_fast.train.command_line import command, exit_with_message
+from rcl_fast.train.config import parse
+from rcl_fast.train.options import Config
 from rcl_fast.train.rundir import restarts
 
 
-@record  # torchrun then shows the traceback of the process that failed first
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: parse, train, report. Exits with 75 (EX_TEMPFAIL) where a signal stopped it."""
-    restarts.forget()
-    train.run(config.parse(restarts.arguments(sys.argv[1:] if arguments is None else arguments)))
+    """Parses the command line, trains and reports. Exits with 75 (EX_TEMPFAIL) where a signal stopped the run."""
+    with command():
+        restarts.forget()
+        config = parse(restarts.arguments(sys.argv[1:] if arguments is None else arguments))
+        _train_recorded(config) if "TORCHELASTIC_ERROR_FILE" in os.environ else _train(config)
+
+
+def _train(config: Config) -> None:
+    from rcl_fast.train.jobs import train  # loads PyTorch, which --help and a typo need not wait for
+
+    with exit_with_message():
+        train.run(config)
+
+
+def _train_recorded(config: Config) -> None:
+    """Trains, and records errors so that torchrun shows the traceback of the process that failed first."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(_train)(config)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
-if __name__ == "__main__":  # read when PyTorch loads: threads that wait for work then let others run
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import sys
 from collections.abc import Sequence
 
 import tyro
 
-from rcl_fast.train.jobs.second_stage import Options, second_stage
+from rcl_fast.train.command_line import command
+from rcl_fast.train.options import SecondStageOptions
 
 _DESCRIPTION = """Decoupled training: keep a finished run's backbone as it is, and balance its classifier.
 
@@ -37,9 +33,12 @@ holds the whole network. crt and lws select their epoch as the run did, on its v
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    given = sys.argv[1:] if arguments is None else arguments
-    second_stage(tyro.cli(Options, args=given, prog="train/second_stage.py", description=_DESCRIPTION))
+    """Parses the command line and makes the second stage."""
+    with command():
+        options = tyro.cli(SecondStageOptions, args=arguments, prog="train/second_stage.py", description=_DESCRIPTION)
+        from rcl_fast.train.jobs.second_stage import second_stage  # loads PyTorch, which --help need not wait for
+
+        second_stage(options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,6 @@ from rcl_fast.train.rundir import checkpoints
 
 
 def load(run: Path, checkpoint: str = checkpoints.BEST) -> Trained:
-    """`rcl_fast.train.inference.load_run`, which to call instead."""
+    """Calls `rcl_fast.train.inference.load_run`, which replaces it, with a DeprecationWarning."""
     warnings.warn("trained.load is now rcl_fast.train.inference.load_run", DeprecationWarning, stacklevel=2)
     return inference.load_run(run, checkpoint)

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 
 import tyro
-from rich.console import Console
 
-from rcl_fast.train.jobs.verify import Options, verify
+from rcl_fast.train.command_line import command
+from rcl_fast.train.options import VerifyOptions
 
 _DESCRIPTION = """Decode every image of a data set once, name the bad ones, and write a manifest of all.
 
@@ -25,11 +25,12 @@ The exit status is 0 where every image decodes and none has changed, else 1."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    options = tyro.cli(Options, args=arguments, prog="train/verify.py", description=_DESCRIPTION)
-    if options.workers < 0:
-        raise SystemExit(f"--workers must be 0 or more, got {options.workers}")
-    return verify(options, Console(soft_wrap=True))
+    """Parses the command line and verifies; returns the exit status."""
+    with command():
+        options = tyro.cli(VerifyOptions, args=arguments, prog="train/verify.py", description=_DESCRIPTION)
+        from rcl_fast.train.jobs.verify import verify  # loads the data sets, which --help need not wait for
+
+        return verify(options)
 
 
 if __name__ == "__main__":

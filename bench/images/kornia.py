@@ -11,16 +11,16 @@ from kornia import augmentation as K
 from kornia.augmentation.auto import AutoAugment
 from torch import Tensor
 
-from rcl_fast.train.loaders.base import Reading
+from rcl_fast.train.loaders.base import LoaderSpec
 from rcl_fast.train.options import ViewOptions
 
 
-def epoch(reading: Reading, device: torch.device, number: int) -> int:
+def epoch(spec: LoaderSpec, device: torch.device, number: int) -> int:
     """Make the views of every image of an epoch; returns how many images there were."""
-    classifier, contrastive = views(reading.options)
-    images = torch.from_numpy(reading.samples.images).to(device).permute(0, 3, 1, 2)
+    classifier, contrastive = views(spec.options)
+    images = torch.from_numpy(spec.samples.images).to(device).permute(0, 3, 1, 2)
     made = 0
-    for batch in reading.batches(number):
+    for batch in spec.batches(number):
         pixels = images[torch.from_numpy(batch).to(device)].float() / 255
         classifier(pixels), contrastive(pixels), contrastive(pixels)
         made += len(batch)

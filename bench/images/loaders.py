@@ -31,17 +31,17 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.rows import append, spread
-from rcl_fast.train import config
+from rcl_fast.train.config import parse, recipe
 from rcl_fast.train.data.datasets import Splits, load_splits
-from rcl_fast.train.data.samples import Samples, take
-from rcl_fast.train.loaders.base import Loader, Reading, training_reading
+from rcl_fast.train.data.samples import Samples, subset
+from rcl_fast.train.loaders.base import Loader, LoaderSpec, training_spec
 from rcl_fast.train.loaders.build import has_dali, make_loader
 from rcl_fast.train.loaders.synthetic import SyntheticLoader
 from rcl_fast.train.loop import engine
 from rcl_fast.train.loop.step import Step
 from rcl_fast.train.loop.training import Training, start_training
 from rcl_fast.train.options import Config, LoaderName, training_kinds
-from rcl_fast.train.runtime.machine import choose_machine
+from rcl_fast.train.runtime.hardware import choose_runtime
 
 CPU = torch.device("cpu")
 
@@ -94,7 +94,7 @@ def cases(options: Options, folder: Path) -> Iterator[Case]:
     cifar_images, cifar_batch, jpegs, jpeg_batch = sizes
     if options.train and not on_gpu:  # a CPU trains some forty CIFAR images a second
         cifar_images, cifar_batch, jpegs, jpeg_batch = (64, 32, 8, 4) if options.dry_run else (512, 64, 16, 8)
-    small, large = config.recipe("cifar100_lt", "bcl_rcl"), config.recipe("imagenet_lt", "bcl_rcl")
+    small, large = recipe("cifar100_lt", "bcl_rcl"), recipe("imagenet_lt", "bcl_rcl")
     if options.cifar is not None:
         train = load_splits("cifar100_lt", options.cifar, validate_on="test").train
     else:
@@ -110,7 +110,7 @@ def cases(options: Options, folder: Path) -> Iterator[Case]:
 def repeated(samples: Samples, count: int) -> Samples:
     """So many, again and again where they are fewer, in no order: published sets are sorted by class."""
     order = np.random.default_rng(0).permutation(len(samples))
-    taken = take(samples, order[np.arange(count) % len(samples)])
+    taken = subset(samples, order[np.arange(count) % len(samples)])
     _, labels = np.unique(taken.labels, return_inverse=True)  # few of them may lack a class
     return replace(taken, labels=labels)
 
@@ -124,16 +124,16 @@ def made_up(folder: Path, count: int = 32) -> list[str]:
     return sorted(map(str, folder.glob("*.jpg")))
 
 
-def reading(case: Case) -> Reading:
+def spec(case: Case) -> LoaderSpec:
     views = case.recipe.views
-    return training_reading(
+    return training_spec(
         case.samples, training_kinds(views, contrastive=True), views, seed=0, batch_size=case.batch_size
     )
 
 
 def loaders(case: Case, options: Options) -> dict[str, Loader]:
     """Every loader that brings these images, on every device there is."""
-    what = reading(case)
+    what = spec(case)
     devices = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     found = {"torchvision, CPU": make_loader("torchvision", what, device=CPU, workers=options.workers)}
     for device in devices:
@@ -153,7 +153,7 @@ def loader_rows(case: Case, options: Options) -> list[dict[str, Any]]:
         from bench.images.kornia import epoch  # kornia is optional
 
         for device in (CPU, torch.device("cuda")) if torch.cuda.is_available() else (CPU,):
-            runs[f"kornia, {'CPU' if device == CPU else 'GPU'}"] = partial(epoch, reading(case), device)
+            runs[f"kornia, {'CPU' if device == CPU else 'GPU'}"] = partial(epoch, spec(case), device)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(3 if options.dry_run else options.rounds + 1):
         for name, run in runs.items():
@@ -168,7 +168,7 @@ def loader_rows(case: Case, options: Options) -> list[dict[str, Any]]:
 
 def drain(loader: Loader, epoch: int) -> int:
     """Images of a whole epoch."""
-    images = sum(len(batch["label"]) for batch in loader.epoch(epoch))
+    images = sum(len(batch.labels) for batch in loader.epoch(epoch))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return images
@@ -177,15 +177,13 @@ def drain(loader: Loader, epoch: int) -> int:
 def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
     """The same network and step on each loader's images and on noise."""
     arch = "resnet32" if case.name.startswith("CIFAR") else options.arch
-    settings = config.parse(
-        ["--dataset", case.recipe.data.dataset, "--arch", arch, "--batch-size", str(case.batch_size)]
-    )
-    on = choose_machine(settings.run)
+    config = parse(["--dataset", case.recipe.data.dataset, "--arch", arch, "--batch-size", str(case.batch_size)])
+    on = choose_runtime(config.run)
     counts = np.bincount(case.samples.labels)
     names = [str(number) for number in range(len(counts))]
     splits = Splits(case.samples, case.samples, case.samples, names, counts, "nothing")
-    training = start_training(settings, splits, on)
-    what = reading(case)
+    training = start_training(config, splits, on)
+    what = spec(case)
     names: list[LoaderName] = ["device"] if isinstance(case.samples.images, np.ndarray) else ["dali"] * has_dali()
     sources: dict[str, Loader] = {"synthetic": SyntheticLoader(what, on.device)}
     for name in (*names, "torchvision"):

@@ -19,11 +19,11 @@ import tyro
 from torch.nn import functional as F
 
 from bench.rows import append
-from rcl_fast.train import config
+from rcl_fast.train.config import saved_config
 from rcl_fast.train.loaders import build
 from rcl_fast.train.loop.training import Training, start_training
 from rcl_fast.train.rundir import checkpoints
-from rcl_fast.train.runtime.machine import choose_machine
+from rcl_fast.train.runtime.hardware import choose_runtime
 
 
 @dataclass
@@ -43,11 +43,11 @@ class Options:
 
 
 def main(options: Options) -> None:
-    settings = config.saved_config(options.run)
-    data = dataclasses.replace(settings.data, data=options.data or settings.data.data)
-    settings = dataclasses.replace(settings, data=data)
-    splits = build.load(settings, print)
-    training = start_training(settings, splits, choose_machine(settings.run))
+    config = saved_config(options.run)
+    data = dataclasses.replace(config.data, data=options.data or config.data.data)
+    config = dataclasses.replace(config, data=data)
+    splits = build.load(config)
+    training = start_training(config, splits, choose_runtime(config.run))
     training.model.load_state_dict(checkpoints.last_epoch(options.run).state["model"])
     training.model.eval()
     rows = [row for name in options.loaders for row in seen(training, splits, name, options.epoch)]
@@ -59,14 +59,15 @@ def main(options: Options) -> None:
 @torch.no_grad()
 def seen(training: Training, splits: Any, loader: str, epoch: int) -> list[dict[str, Any]]:
     """A row a view: cross-entropy with its standard error, and accuracy."""
-    settings = training.config
-    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, loader=loader))
+    config = training.config
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, loader=loader))
     losses: dict[str, list[torch.Tensor]] = {}
     right: dict[str, list[torch.Tensor]] = {}
-    for batch in build.training_loader(settings, splits, training.machine, print).epoch(epoch):
-        labels = training.machine.labels(batch["label"])
-        for view in (name for name in ("x1", "x2", "x3") if name in batch):
-            logits = training.model.classifier(training.model.backbone(training.machine.images(batch[view])))
+    for batch in build.training_loader(config, splits, training.runtime).epoch(epoch):
+        labels = training.runtime.labels(batch.labels)
+        for number, images in enumerate(batch.views, start=1):
+            view = f"x{number}"
+            logits = training.model.classifier(training.model.backbone(training.runtime.images(images)))
             losses.setdefault(view, []).append(F.cross_entropy(logits.float(), labels, reduction="none").cpu())
             right.setdefault(view, []).append((logits.argmax(1) == labels).float().cpu())
     rows = []
@@ -74,10 +75,10 @@ def seen(training: Training, splits: Any, loader: str, epoch: int) -> list[dict[
         values = torch.cat(parts).double()
         rows.append(
             {
-                "dataset": settings.data.dataset,
+                "dataset": config.data.dataset,
                 "loader": loader,
                 "view": view,
-                "kind": getattr(settings.views, view),
+                "kind": getattr(config.views, view),
                 "images": len(values),
                 "cross_entropy": values.mean().item(),
                 "standard_error": (values.std() / len(values) ** 0.5).item(),

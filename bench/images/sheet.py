@@ -18,10 +18,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from rcl_fast.train import config
+from rcl_fast.train.config import recipe
 from rcl_fast.train.data.datasets import load_splits
-from rcl_fast.train.data.samples import Samples, open_image, take
-from rcl_fast.train.loaders.base import Batch, Reading, training_reading
+from rcl_fast.train.data.samples import Samples, open_image, subset
+from rcl_fast.train.loaders.base import Batch, LoaderSpec, training_spec
 from rcl_fast.train.loaders.build import make_loader
 from rcl_fast.train.options import ViewOptions, training_kinds
 
@@ -43,14 +43,14 @@ class Options:
 
 
 def main(options: Options) -> None:
-    views = config.recipe(options.dataset, "bcl_rcl").views
+    views = recipe(options.dataset, "bcl_rcl").views
     everything = samples(options)
     chosen = np.random.default_rng(options.seed).choice(len(everything), options.images, replace=False)
-    picked = take(everything, chosen)
-    reading = training_reading(
+    picked = subset(everything, chosen)
+    spec = training_spec(
         picked, training_kinds(views, contrastive=True), views, seed=options.seed, batch_size=options.images
     )
-    draw(picked, made(reading), views).savefig(options.output, dpi=150)
+    draw(picked, made(spec), views).savefig(options.output, dpi=150)
     print(options.output)
 
 
@@ -61,24 +61,24 @@ def samples(options: Options) -> Samples:
     return Samples(files, np.zeros(len(files), np.int64))
 
 
-def made(reading: Reading) -> dict[str, Batch]:
+def made(spec: LoaderSpec) -> dict[str, Batch]:
     """One batch of each loader that brings these images."""
-    names = ["torchvision", "dali", *(["device"] if isinstance(reading.samples.images, np.ndarray) else [])]
+    names = ["torchvision", "dali", *(["device"] if isinstance(spec.samples.images, np.ndarray) else [])]
     cpu = torch.device("cpu")
-    return {name: next(iter(make_loader(name, reading, device=cpu, workers=0).epoch(0))) for name in names}
+    return {name: next(iter(make_loader(name, spec, device=cpu, workers=0).epoch(0))) for name in names}
 
 
 def draw(picked: Samples, batches: dict[str, Batch], views: ViewOptions) -> plt.Figure:
-    columns = [(loader, view) for loader in batches for view in ("x1", "x2", "x3")]
+    columns = [(loader, view) for loader in batches for view in range(3)]
     size = (1.2 * (1 + len(columns)), 1.25 * len(picked))
     figure, axes = plt.subplots(len(picked), 1 + len(columns), figsize=size, layout="constrained", squeeze=False)
     for row in range(len(picked)):
         axes[row, 0].imshow(open_image(picked, row))
         for axis, (loader, view) in zip(axes[row, 1:], columns, strict=True):
             batch = batches[loader]
-            place = int((batch["index"] == row).nonzero())
-            axis.imshow(shown(batch[view][place], views))
-    for axis, title in zip(axes[0], ["image", *(f"{loader}\n{view}" for loader, view in columns)], strict=True):
+            place = int((batch.indices == row).nonzero())
+            axis.imshow(shown(batch.views[view][place], views))
+    for axis, title in zip(axes[0], ["image", *(f"{loader}\nx{view + 1}" for loader, view in columns)], strict=True):
         axis.set_title(title, fontsize=8)
     for axis in axes.flat:
         axis.set_axis_off()

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
-from rcl_fast.train import reproduce
-from rcl_fast.train.experiments import plan
+from rcl_fast.train.command_line import command
+from rcl_fast.train.experiments.job_queue import log_failures
+from rcl_fast.train.experiments.reproduce import reproduce
 from rcl_fast.train.experiments.tables import Column, Row, Table
+from rcl_fast.train.options import ReproduceOptions
 
 SHOWN = ("balanced_accuracy", "harmonic_mean", "many", "medium", "few")
 
@@ -50,10 +51,11 @@ class Options:
 
 
 def main(options: Options) -> int:
-    how = plan.Options(
+    how = ReproduceOptions(
         data=options.data, seeds=options.seeds, more=options.more, folder=options.folder, output=options.output
     )
-    return reproduce.reproduce(table(options), how, Console())
+    with command():
+        return log_failures(reproduce(table(options), how))
 
 
 def table(options: Options) -> Table:

@@ -50,22 +50,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from bench.images.loaders import Case, an_epoch, made_up, reading, repeated
+from bench.images.loaders import Case, an_epoch, made_up, repeated, spec
 from bench.loss.cases import synchronize
 from bench.loss.gpu import measured_peak
 from bench.rows import append, spread
-from rcl_fast.train import config
+from rcl_fast.train.config import parse, recipe
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.samples import Samples
 from rcl_fast.train.loaders.base import Batch, Loader
-from rcl_fast.train.loaders.build import choose, compile_views, make_loader
+from rcl_fast.train.loaders.build import choose, make_loader
 from rcl_fast.train.loaders.device import DeviceLoader
 from rcl_fast.train.loaders.synthetic import SyntheticLoader
-from rcl_fast.train.loop.cuda_graph import WholeStep
+from rcl_fast.train.loop.cuda_graph import GraphedStep
 from rcl_fast.train.loop.training import Training, start_training
 from rcl_fast.train.network.models import LongTailedClassifier
 from rcl_fast.train.options import Config
-from rcl_fast.train.runtime.machine import DTYPES, choose_machine
+from rcl_fast.train.runtime.hardware import DTYPES, choose_runtime
 
 LOSS_CALLS = 5  # of the loss alone in a variant's turn
 PASSES = 5  # over a convolution's outputs, at least
@@ -140,7 +140,7 @@ def main(options: Options) -> None:
 def build_case(options: Options, folder: Path) -> tuple[Case, Splits]:
     """Images enough for a turn, and long-tailed classes: as many as the data set of that network has."""
     small = options.arch == "resnet32"
-    recipe = config.recipe("cifar100_lt" if small else "imagenet_lt", "bcl_rcl")
+    base = recipe("cifar100_lt" if small else "imagenet_lt", "bcl_rcl")
     counts = np.geomspace(500, 5, 100).astype(int) if small else np.geomspace(1280, 5, 1000).astype(int)
     make = np.random.default_rng(0)
     labels = make.permutation(np.repeat(np.arange(len(counts)), counts))
@@ -154,7 +154,7 @@ def build_case(options: Options, folder: Path) -> tuple[Case, Splits]:
     train = Samples(images, labels)
     splits = Splits(train, train, train, list(map(str, range(len(counts)))), counts, "nothing")
     name = f"{options.arch}, {32 if small else 224} px, {options.batch_size} × 3 views"
-    return Case(name, recipe, repeated(train, options.steps * options.batch_size), options.batch_size), splits
+    return Case(name, base, repeated(train, options.steps * options.batch_size), options.batch_size), splits
 
 
 def measure(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]:
@@ -191,7 +191,7 @@ def prepared(case: Case, splits: Splits, options: Options) -> tuple[list[Variant
                 print(f"{name}: too large for the GPU's memory", flush=True)
                 too_large.append({"variant": name, "batch_size": case.batch_size, "error": str(error)[:200]})
                 loop.training.optimizer.zero_grad()
-                release(loop.training.machine.device)
+                release(loop.training.runtime.device)
     if not variants:
         raise SystemExit(f"--batch-size {case.batch_size}: no variant fits in the GPU's memory; take a smaller one")
     return variants, too_large
@@ -200,11 +200,11 @@ def prepared(case: Case, splits: Splits, options: Options) -> tuple[list[Variant
 def loops(case: Case, splits: Splits, options: Options) -> Iterator[tuple[Loop, list[str]]]:
     """Each with the images that it is measured on, noise first."""
     plain = start(case, splits, options, "--precision", "fp32", "--no-channels-last", "--backend", "dense")
-    device = plain.machine.device
+    device = plain.runtime.device
     yield Loop("plain loop", plain, plain_epoch, plain_switches(tf32=True)), [NOISE, "torchvision"]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         yield Loop("plain loop without TF32", plain, plain_epoch, plain_switches(tf32=False)), [NOISE]
-    chosen, _ = choose(reading(case), device)
+    chosen, _ = choose(spec(case), device)
     ours = start(case, splits, options, "--precision", options.precision)
     yield Loop("ours", ours, an_epoch), [NOISE] if options.compile else [NOISE, chosen]
     if options.compile:
@@ -221,19 +221,19 @@ def loops(case: Case, splits: Splits, options: Options) -> Iterator[tuple[Loop, 
 def start(case: Case, splits: Splits, options: Options, *arguments: str) -> Training:
     """The data set's recipe; at a learning rate that keeps noise from diverging, which no step's time depends on."""
     dataset = case.recipe.data.dataset
-    settings = config.parse(["--dataset", dataset, "--arch", options.arch, "--lr", "0.0001", *arguments])
-    return start_training(settings, splits, choose_machine(settings.run))
+    config = parse(["--dataset", dataset, "--arch", options.arch, "--lr", "0.0001", *arguments])
+    return start_training(config, splits, choose_runtime(config.run))
 
 
 def graph_epoch() -> Callable[[Training, Loader], Any]:
     """Whole steps of one loader, captured in the first; what only warms up on noise goes step by step."""
-    steps: dict[Loader, WholeStep] = {}
+    steps: dict[Loader, GraphedStep] = {}
 
     def epoch(training: Training, loader: Loader) -> dict[str, float]:
         if not isinstance(loader, DeviceLoader):
             return an_epoch(training, loader)
-        step = steps.setdefault(loader, WholeStep(loader))
-        return an_epoch(training, step.order, step)
+        step = steps.setdefault(loader, GraphedStep(loader))
+        return an_epoch(training, step.loader, step)
 
     return epoch
 
@@ -256,35 +256,35 @@ def plain_switches(tf32: bool) -> Callable[[], AbstractContextManager[None]]:
 
 
 def on_device(training: Training, batch: Batch) -> tuple[list[Tensor], Tensor]:
-    views = [training.machine.images(batch[name]) for name in ("x1", "x2", "x3")]
-    return views, training.machine.labels(batch["label"])
+    views = [training.runtime.images(view) for view in batch.views]
+    return views, training.runtime.labels(batch.labels)
 
 
 class Again:
     """A Loader of one batch, again and again; it lies on the device in the network's own layout."""
 
-    identity: dict[str, str]
+    fingerprint: dict[str, str]
 
     def __init__(self, training: Training, batch: Batch, steps: int) -> None:
         views, labels = on_device(training, batch)
-        self.batch: Batch = {"x1": views[0], "x2": views[1], "x3": views[2], "label": labels, "index": batch["index"]}
+        self.batch = Batch(tuple(views), labels, batch.indices)
         self.steps_per_epoch = steps
-        self.identity = {}
+        self.fingerprint = {}
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for _ in range(start, self.steps_per_epoch):
-            yield dict(self.batch)
+            yield self.batch
 
 
 def warm(loop: Loop, images: str, case: Case, options: Options) -> Variant:
-    training, what = loop.training, reading(case)
-    device = training.machine.device
+    training, what = loop.training, spec(case)
+    device = training.runtime.device
     noise = next(SyntheticLoader(what, device).epoch(0))
     first = Again(training, noise, 1)
     loader: Loader = Again(training, noise, options.steps)
     if images != NOISE:
-        loader = make_loader(images, what, device=device, workers=options.workers)  # type: ignore[arg-type]  # a LoaderName
-        compile_views(training.config, loader, training.machine)
+        compile = training.config.run.compile and device.type == "cuda"
+        loader = make_loader(images, what, device=device, workers=options.workers, compile=compile)  # type: ignore[arg-type]  # a LoaderName
     with loop.switches():
         for _ in range(2):
             loop.epoch(training, first)
@@ -298,7 +298,7 @@ def warm(loop: Loop, images: str, case: Case, options: Options) -> Variant:
 
 def peak_increase(loop: Loop, first: Loader) -> float | None:
     """MB that a step takes beside the weights and the optimiser's state: activations and gradients."""
-    device = loop.training.machine.device
+    device = loop.training.runtime.device
     if device.type != "cuda":
         return None
     loop.training.optimizer.zero_grad()
@@ -321,12 +321,12 @@ def loss_alone(training: Training, batch: Batch) -> Callable[[], None]:
     contrastive = training.objective.contrastive
     assert contrastive is not None
     views, labels = on_device(training, batch)
-    with training.machine.autocast():
+    with training.runtime.autocast():
         outputs = training.model(views)
     inputs = [outputs.embeddings.detach().requires_grad_(), outputs.prototypes.detach().requires_grad_()]
 
     def loss() -> None:
-        with training.machine.autocast():
+        with training.runtime.autocast():
             value = contrastive(inputs[0], labels, inputs[1])
         torch.autograd.grad(value, inputs)
 
@@ -336,7 +336,7 @@ def loss_alone(training: Training, batch: Batch) -> Callable[[], None]:
 def turn(variant: Variant, number: int) -> float:
     """Seconds of an epoch, from the first request for a batch to the last update."""
     loop, training = variant.loop, variant.loop.training
-    device = training.machine.device
+    device = training.runtime.device
     training.epoch = number
     with loop.switches():
         if device.type == "cuda":
@@ -351,7 +351,7 @@ def turn(variant: Variant, number: int) -> float:
 
 def loss_seconds(variant: Variant) -> list[float]:
     """Of each of several calls of the loss alone; one before is not counted."""
-    device = variant.loop.training.machine.device
+    device = variant.loop.training.runtime.device
     taken = []
     for _ in range(1 + LOSS_CALLS):
         synchronize(device)
@@ -364,16 +364,16 @@ def loss_seconds(variant: Variant) -> list[float]:
 
 def describe_variant(variant: Variant, rates: list[float], losses: list[float], batch_size: int) -> dict[str, Any]:
     training = variant.loop.training
-    settings, machine = training.config, training.machine
+    config, runtime = training.config, training.runtime
     loss = statistics.median(losses)
     return {
         "variant": name_of(variant.loop, variant.images),
         "images": variant.images,
-        "device": machine.device.type,
-        "precision": machine.precision,
-        "channels_last": settings.run.channels_last,
-        "compiled": settings.run.compile,
-        "backend": settings.loss.backend,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+        "channels_last": config.run.channels_last,
+        "compiled": config.run.compile,
+        "backend": config.loss.backend,
         "batch_size": batch_size,
         **spread("images_per_second", rates),
         "loss_milliseconds": 1e3 * loss,
@@ -390,13 +390,11 @@ def peer_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] |
 
 def limits(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]:
     """What neither the operations nor the bytes of a step let any loop in our precision exceed."""
-    settings = config.parse(
-        ["--dataset", case.recipe.data.dataset, "--arch", options.arch, "--precision", options.precision]
-    )
-    on = choose_machine(settings.run)
+    config = parse(["--dataset", case.recipe.data.dataset, "--arch", options.arch, "--precision", options.precision])
+    on = choose_runtime(config.run)
     release(on.device)
     dtype = DTYPES[on.precision] or torch.float32
-    operations, outputs = counted(settings, splits.num_classes)
+    operations, outputs = counted(config, splits.num_classes)
     transferred = PASSES * outputs * dtype.itemsize
     peak = measured_speed(on.device, dtype)
     bandwidth = measured_bandwidth(on.device)
@@ -419,7 +417,7 @@ def limits(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]
     ]
 
 
-def counted(settings: Config, num_classes: int, images: int = 4) -> tuple[float, float]:
+def counted(config: Config, num_classes: int, images: int = 4) -> tuple[float, float]:
     """Of an image's three views: operations forward and backward, elements that convolutions put out."""
     operations: list[int] = []  # forward; PyTorch's own counter takes no account of groups in the backward pass
     outputs: list[int] = []
@@ -429,11 +427,11 @@ def counted(settings: Config, num_classes: int, images: int = 4) -> tuple[float,
         operations.append(2 * output.numel() * module.weight[0].numel())
 
     with FakeTensorMode():  # shapes alone
-        model = LongTailedClassifier(settings.model, num_classes, embeds=True, has_prototypes=False)
+        model = LongTailedClassifier(config.model, num_classes, embeds=True, has_prototypes=False)
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.register_forward_hook(count)
-        model([torch.empty(images, 3, *2 * [settings.views.image_size]) for _ in range(3)])
+        model([torch.empty(images, 3, *2 * [config.views.image_size]) for _ in range(3)])
     # Backward once more for the inputs and once for the weights, but images need no gradient.
     return (3 * sum(operations) - operations[0]) / images, sum(outputs) / images
 

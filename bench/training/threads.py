@@ -81,8 +81,8 @@ def images_per_second(policy: str, epochs: int) -> list[float]:
 
 
 def training(epochs: int, output: str) -> list[str]:
-    """The command, by name: as a file it sets the policy itself."""
-    code = "from rcl_fast.train import run; run.main()"
+    """What train/run.py does but for the policy, which the command sets itself."""
+    code = "from rcl_fast.train.config import parse; from rcl_fast.train.jobs import train; train.run(parse())"
     return [sys.executable, "-c", code, "--device", "cpu", "--epochs", str(epochs), "--output", output]
 
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from bench.images.loaders import an_epoch
-from rcl_fast.train import config
+from rcl_fast.train.config import parse
 from rcl_fast.train.loaders import build
 from rcl_fast.train.loop.training import start_training
-from rcl_fast.train.runtime.machine import choose_machine
+from rcl_fast.train.runtime.hardware import choose_runtime
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,11 +29,11 @@ def test_the_loss_is_measured_without_the_trainers_packages() -> None:
 
 def test_each_timed_epoch_is_a_whole_one() -> None:
     """An epoch under way goes on where it was: what is timed must not be the rest of the one before."""
-    settings = config.parse(["--loss", "ce", "--device", "cpu", "--loader", "device"])
-    machine = choose_machine(settings.run)
-    splits = build.load(settings, print)
-    training = start_training(settings, splits, machine)
-    loader = build.training_loader(settings, splits, machine, print)
+    config = parse(["--loss", "ce", "--device", "cpu", "--loader", "device"])
+    runtime = choose_runtime(config.run)
+    splits = build.load(config)
+    training = start_training(config, splits, runtime)
+    loader = build.training_loader(config, splits, runtime)
     for _ in range(2):
         weight = training.model.classifier.weight.clone()
         an_epoch(training, loader)

@@ -31,7 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rcl_fast.train import run
 from rcl_fast.train.loop import engine
 from rcl_fast.train.report import results
-from rcl_fast.train.rundir import checkpoints
+from rcl_fast.train.rundir import checkpoint_files, checkpoints
 
 PROCESSES = 2
 ARGUMENTS = (
@@ -127,10 +127,10 @@ def kill_and_resume(folder: Path, loss: str, loader: str, at: Point, whole: dict
     """The row of one kill."""
     anew = ["--output", str(folder), "--loss", loss, "--loader", loader, *ARGUMENTS]
     status = launch(anew, at)
-    if at.place == CUT_SHORT and checkpoints.exist(folder):
+    if at.place == CUT_SHORT and checkpoint_files.exist(folder):
         newest = checkpoints.newest(folder).path
         os.truncate(newest, newest.stat().st_size // 3)
-    found = checkpoints.newest(folder) if checkpoints.exist(folder) else None
+    found = checkpoints.newest(folder) if checkpoint_files.exist(folder) else None
     row = {
         "loss": loss,
         "loader": loader,

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
+from rcl_fast.train.command_line import log_to_console
 from rcl_fast.train.report import feature_map, results
+
+
+@pytest.fixture(autouse=True)
+def _what_is_logged_is_printed() -> None:
+    """As the commands have it: tests read what a run says."""
+    log_to_console()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from rcl_fast.train import config
 from rcl_fast.train.config import parse, recipe
+from rcl_fast.train.errors import UserError
 from rcl_fast.train.options import Config, Dataset, Loss
 
 
@@ -77,7 +78,7 @@ def test_the_loss_chooses_its_own_defaults_and_an_override_still_wins() -> None:
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], said: str) -> None:
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(UserError, match=said):
         parse(arguments)
 
 
@@ -120,7 +121,7 @@ def test_an_unknown_name_in_a_recipe_is_an_error() -> None:
     ],
 )
 def test_a_batch_that_can_not_be_shared_is_explained(arguments: list[str], processes: int, said: str) -> None:
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(UserError, match=said):
         config.check_shared(parse(arguments), processes)
 
 
@@ -154,5 +155,5 @@ def test_resuming_takes_the_earlier_configuration(earlier: tuple[Path, Config]) 
     ],
 )
 def test_a_resumed_run_stays_the_run_it_was(earlier: tuple[Path, Config], change: list[str], said: str) -> None:
-    with pytest.raises(SystemExit, match=f"start a new run to change .*{said}"):
+    with pytest.raises(UserError, match=f"start a new run to change .*{said}"):
         parse(["--resume", str(earlier[0]), *change])

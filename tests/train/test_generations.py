@@ -1,4 +1,4 @@
-"""What each generation of cards gets, all choices together: the README's table, and the V100's row in full."""
+"""What each generation of cards gets, all choices together: the table of docs/hardware.md, all of the V100's row."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,13 @@ import torch
 
 import rcl_fast
 from rcl_fast.train.options import RunOptions
-from rcl_fast.train.runtime.machine import choose_machine
+from rcl_fast.train.runtime.hardware import choose_runtime
 
 ROOT = Path(__file__).parents[2]
 
 
 class Row(NamedTuple):
-    """Of the README's table; generation: (7, 0) for sm_70, None for a CPU."""
+    """A row of that table; generation: (7, 0) for sm_70, None for a CPU."""
 
     generation: tuple[int, int] | None
     precision: str
@@ -25,7 +25,8 @@ class Row(NamedTuple):
 
 def rows() -> list[Row]:
     found = []
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Which card gets what")[1].split("\n## ")[0]
+    document = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    section = document.split("## Which card gets what")[1].split("\n## ")[0]
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("|") and (match := re.fullmatch(r"sm_(\d+)(\d)|–", cells[1])):
@@ -58,8 +59,8 @@ def test_the_table_says_what_the_code_chooses(monkeypatch: pytest.MonkeyPatch, r
     else:
         pretend(monkeypatch, row.generation)
         device = torch.device("cuda")
-    machine = choose_machine(RunOptions(device=device.type))
-    assert machine.precision == row.precision
+    runtime = choose_runtime(RunOptions(device=device.type))
+    assert runtime.precision == row.precision
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert rcl_fast.explain_backend(device, dtype).backend == row.backend
 
@@ -67,10 +68,10 @@ def test_the_table_says_what_the_code_chooses(monkeypatch: pytest.MonkeyPatch, r
 def test_all_that_a_v100_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (7, 0))
     assert torch.cuda.is_bf16_supported()
-    machine = choose_machine(RunOptions())
-    assert (machine.device.type, machine.precision) == ("cuda", "fp16")
-    assert machine.grad_scaler().is_enabled()
-    with machine.autocast():
+    runtime = choose_runtime(RunOptions())
+    assert (runtime.device.type, runtime.precision) == ("cuda", "fp16")
+    assert runtime.grad_scaler().is_enabled()
+    with runtime.autocast():
         assert torch.is_autocast_enabled("cuda")
         assert torch.get_autocast_dtype("cuda") == torch.float16
     for dtype in (torch.float16, torch.float32):

@@ -12,10 +12,11 @@ from PIL import Image
 from rcl_fast.metrics import per_class_accuracy
 from rcl_fast.train import inference, trained
 from rcl_fast.train.config import parse
+from rcl_fast.train.errors import UserError
 from rcl_fast.train.jobs import train
-from rcl_fast.train.jobs.second_stage import Options, second_stage
+from rcl_fast.train.jobs.second_stage import second_stage
 from rcl_fast.train.loaders import build
-from rcl_fast.train.options import Config
+from rcl_fast.train.options import Config, SecondStageOptions
 from rcl_fast.train.report import results
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -24,22 +25,22 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
     """Of cross-entropy, for a second stage; in fp32 as `load_run` is; without a report."""
-    settings = parse(
+    config = parse(
         ["--loss", "ce", "--epochs", "12", "--device", "cpu", "--output", str(tmp_path_factory.mktemp("runs") / "run")]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "write_report", lambda *_: None)
-        return train.run(settings), settings
+        return train.run(config), config
 
 
 @pytest.mark.usefixtures("without_tsne")
 @pytest.mark.parametrize("stage", [None, "tau_norm"])
 def test_images_are_classified_as_the_run_was_tested(finished: tuple[Path, Config], stage: str | None) -> None:
-    folder, settings = finished
+    folder, config = finished
     if stage is not None:
-        folder = second_stage(Options(run=folder, method="tau_norm"))
+        folder = second_stage(SecondStageOptions(run=folder, method="tau_norm"))
     model, view, _ = inference.load_run(folder)
-    test = build.load(settings, lambda _: None).test
+    test = build.load(config).test
     confusion = torch.zeros(10, 10)
     with torch.no_grad():
         for pixels, label in zip(test.images, test.labels, strict=True):
@@ -55,10 +56,10 @@ def test_images_are_classified_as_the_run_was_tested(finished: tuple[Path, Confi
 def test_the_readmes_example_names_a_class(
     finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, settings = finished
+    folder, config = finished
     (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "load_run" in code]
     file = tmp_path / "image.png"
-    Image.fromarray(build.load(settings, lambda _: None).test.images[0]).save(file)
+    Image.fromarray(build.load(config).test.images[0]).save(file)
     exec(code.replace("runs/NAME", str(folder)), {"Path": Path, "Image": Image, "file": file})
     with (folder / "per_class.csv").open() as rows:
         names = [row["class"] for row in csv.DictReader(rows)]
@@ -67,7 +68,7 @@ def test_the_readmes_example_names_a_class(
 
 
 def test_a_folder_that_is_no_runs_is_said(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no config"):
+    with pytest.raises(UserError, match="no config"):
         inference.load_run(tmp_path)
 
 

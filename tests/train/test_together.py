@@ -19,7 +19,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     script = Path(__file__).with_name("together.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, str(script), str(folder)], env=environment, check=True, timeout=2400)
-    places = [(world, rank) for world in (1, 2, 3) for rank in range(world)]
+    places = [(world_size, rank) for world_size in (1, 2, 3) for rank in range(world_size)]
     return {(w, r): torch.load(folder / f"{w}-{r}.pt", weights_only=True) for w, r in places}
 
 
@@ -41,12 +41,12 @@ def test_parts_change_nothing(found: Found, loss: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "dtype"), [("ce in fp16", torch.float16), ("ce in bf16", torch.bfloat16)])
-@pytest.mark.parametrize("world", [2, 3])
-def test_compressed_gradients_are_near(found: Found, case: str, dtype: torch.dtype, world: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_compressed_gradients_are_near(found: Found, case: str, dtype: torch.dtype, world_size: int) -> None:
     """A gradient is rounded where it is sent and where it is summed, by half a unit in its last place each."""
-    exact, rounded = (found[world, 0][name]["weights"]["classifier.weight"] for name in ("ce", case))
+    exact, rounded = (found[world_size, 0][name]["weights"]["classifier.weight"] for name in ("ce", case))
     assert not torch.equal(exact, rounded)
-    moved = (exact - found[world, 0]["ce"]["start"]).norm()
+    moved = (exact - found[world_size, 0]["ce"]["start"]).norm()
     assert (rounded - exact).norm() <= torch.finfo(dtype).eps * moved
 
 
@@ -59,8 +59,8 @@ def test_every_image_is_evaluated_once(found: Found, samples: str) -> None:
     """Neither 400 nor 2 images are shared equally by 3 processes."""
     one = found[1, 0]["evaluated"][samples]
     assert one["confusion"].sum() == (400 if samples == "test set" else 2)
-    for world, rank in found:
-        mine = found[world, rank]["evaluated"][samples]
+    for world_size, rank in found:
+        mine = found[world_size, rank]["evaluated"][samples]
         assert torch.equal(mine["confusion"], one["confusion"])
         assert torch.equal(mine["reliability"][:, [0, 2]], one["reliability"][:, [0, 2]])
         torch.testing.assert_close(mine["reliability"][:, 1], one["reliability"][:, 1], rtol=1e-6, atol=1e-6)

@@ -1,5 +1,7 @@
 """CIFAR-10 and CIFAR-100 made long-tailed, from arrays, torchvision's files or an image folder, into memory."""
 
+from __future__ import annotations
+
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from rcl_fast.train.data.folder import image_folder
 from rcl_fast.train.data.long_tail import ImbalanceShape, first_of_each_class, long_tailed_counts
-from rcl_fast.train.data.samples import BadImage, Published, Samples, missing_data, open_image, take
+from rcl_fast.train.data.samples import BadImage, RawDataset, Samples, missing_data, open_image, subset
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ CIFARS = {
 }
 
 
-def cifar_lt(name: str, data: Path | None, imbalance: float, shape: ImbalanceShape) -> Published:
-    """Long-tailed training set (the first images of each class) and the whole test set, as uint8 arrays.
+def cifar_lt(name: str, data: Path | None, imbalance: float, shape: ImbalanceShape) -> RawDataset:
+    """Returns the long-tailed training set (the first images of each class) and the whole test set, as uint8 arrays.
 
     Classes come in the order of the file's indices, or alphabetically from a folder (its file names are ranks).
     Raises FileNotFoundError without data, ValueError where it is not as it should be or a class has too few images for
@@ -43,26 +45,24 @@ def cifar_lt(name: str, data: Path | None, imbalance: float, shape: ImbalanceSha
     balanced = _read(name, cifar, data)
     counts = long_tailed_counts(cifar.n_max, cifar.num_classes, imbalance, shape)
     _check_enough(balanced, counts, f"{name} in {data}, {shape} imbalance {imbalance:g}")
-    return Published(
-        train=_in_memory(take(balanced.train, first_of_each_class(balanced.train.labels, counts))),
+    return RawDataset(
+        train=_in_memory(subset(balanced.train, first_of_each_class(balanced.train.labels, counts))),
         test=_in_memory(balanced.test),
         class_names=balanced.class_names,
     )
 
 
-def _read(name: str, cifar: Cifar, data: Path | None) -> Published:
+def _read(name: str, cifar: Cifar, data: Path | None) -> RawDataset:
     base, arrays = cifar.torchvision.base_folder, f"{name}.npz"
     if data is not None and (data / arrays).exists():
         return _from_arrays(name, cifar.num_classes, data / arrays)
     if data is not None and (data / base).is_dir():
         return _from_torchvision(cifar, data)
     if data is not None and (data / "train").is_dir():
-        published = image_folder(data)
-        if len(published.class_names) != cifar.num_classes:
-            raise ValueError(
-                f"{name} has {cifar.num_classes} classes, and {data / 'train'} has {len(published.class_names)}"
-            )
-        return published
+        raw = image_folder(data)
+        if len(raw.class_names) != cifar.num_classes:
+            raise ValueError(f"{name} has {cifar.num_classes} classes, and {data / 'train'} has {len(raw.class_names)}")
+        return raw
     raise missing_data(
         name,
         data,
@@ -76,7 +76,7 @@ def _read(name: str, cifar: Cifar, data: Path | None) -> Published:
 
 
 class _Form(NamedTuple):
-    """What an array must be: in words, and as a test of it."""
+    """What is expected of an array: in words, and as a test of it."""
 
     words: str
     fits: Callable[[NDArray[Any]], bool]
@@ -90,8 +90,8 @@ _NAMES = _Form("unicode strings [C]", lambda a: a.dtype.kind == "U" and a.ndim =
 _ARRAYS = {"train": _IMAGES, "train_labels": _LABELS, "test": _IMAGES, "test_labels": _LABELS, "class_names": _NAMES}
 
 
-def _from_arrays(name: str, num_classes: int, file: Path) -> Published:
-    """The arrays of an npz file; raises ValueError with everything that is wrong with it."""
+def _from_arrays(name: str, num_classes: int, file: Path) -> RawDataset:
+    """Returns the data set in an npz file; raises ValueError with everything that is wrong with the file."""
     with file.open("rb") as opened:
         if not zipfile.is_zipfile(opened):
             raise ValueError(f"{file} is no npz file, or a part of one: copy it again")
@@ -110,11 +110,11 @@ def _from_arrays(name: str, num_classes: int, file: Path) -> Published:
         Samples(np.ascontiguousarray(arrays[part]), arrays[f"{part}_labels"].astype(np.int64))
         for part in ("train", "test")
     )
-    return Published(train, test, class_names=arrays["class_names"].tolist())
+    return RawDataset(train, test, class_names=arrays["class_names"].tolist())
 
 
 def _read_arrays(file: BinaryIO) -> tuple[dict[str, NDArray[Any]], list[str]]:
-    """Those of _ARRAYS that can be read, and why the others can't."""
+    """Returns the arrays of _ARRAYS that can be read, and a sentence for each that can't."""
     arrays, wrong = {}, []
     try:
         with np.load(file, allow_pickle=False) as stored:
@@ -126,13 +126,13 @@ def _read_arrays(file: BinaryIO) -> tuple[dict[str, NDArray[Any]], list[str]]:
                     arrays[key] = np.asarray(stored[key])
                 except Exception as error:  # damaged bytes make zipfile and NumPy raise almost anything
                     wrong.append(f"{key} can't be read: {type(error).__name__}: {error}")
-    except Exception as error:  # the same
+    except Exception as error:  # damaged bytes, too
         wrong.append(f"it can't be read: {type(error).__name__}: {error}")
     return arrays, wrong
 
 
 def _contradictions(name: str, num_classes: int, arrays: dict[str, NDArray[Any]]) -> Iterator[str]:
-    """What is wrong among arrays that are each of their form."""
+    """Gives a sentence for each contradiction between arrays that each have their form."""
     for part in ("train", "test"):
         images, labels = arrays.get(part), arrays.get(f"{part}_labels")
         if labels is None:
@@ -147,7 +147,7 @@ def _contradictions(name: str, num_classes: int, arrays: dict[str, NDArray[Any]]
         yield f"class_names has {len(names)} names, and {name} has {num_classes} classes"
 
 
-def _from_torchvision(cifar: Cifar, data: Path) -> Published:
+def _from_torchvision(cifar: Cifar, data: Path) -> RawDataset:
     try:
         train, test = cifar.torchvision(data, train=True), cifar.torchvision(data, train=False)
     except RuntimeError as error:
@@ -156,10 +156,10 @@ def _from_torchvision(cifar: Cifar, data: Path) -> Published:
             f"torchvision.datasets.{cifar.torchvision.__name__}({str(data)!r}, download=True)"
         ) from error
     parts = [Samples(part.data, np.array(part.targets, np.int64)) for part in (train, test)]
-    return Published(train=parts[0], test=parts[1], class_names=list(train.classes))
+    return RawDataset(train=parts[0], test=parts[1], class_names=list(train.classes))
 
 
-def _check_enough(balanced: Published, counts: np.ndarray, what: str) -> None:
+def _check_enough(balanced: RawDataset, counts: np.ndarray, what: str) -> None:
     available = np.bincount(balanced.train.labels, minlength=len(counts))
     short = np.flatnonzero(available < counts)
     if len(short):
@@ -172,7 +172,7 @@ def _check_enough(balanced: Published, counts: np.ndarray, what: str) -> None:
 
 
 def _in_memory(samples: Samples) -> Samples:
-    """The samples as one uint8 array [n, 32, 32, 3]."""
+    """Returns the samples with their images as one uint8 array [n, 32, 32, 3]."""
     if isinstance(samples.images, np.ndarray):
         return samples
     images = np.empty((len(samples), 32, 32, 3), np.uint8)
@@ -186,7 +186,10 @@ def _in_memory(samples: Samples) -> Samples:
 
 
 def _decode(samples: Samples, index: int) -> np.ndarray:
-    """Image `index`, uint8 [H, W, 3]: by torchvision, twice as fast as Pillow here, which then names what is bad."""
+    """Returns image `index`, uint8 [H, W, 3].
+
+    torchvision decodes it, twice as fast here as Pillow. Pillow decodes what torchvision can't, or says why it is bad.
+    """
     try:
         return decode_image(samples.images[index], ImageReadMode.RGB).permute(1, 2, 0).numpy()
     except RuntimeError:

@@ -1,5 +1,7 @@
 """The data sets by name, each as training, validation and test samples."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,9 +12,9 @@ from numpy.typing import NDArray
 from rcl_fast.train.data.cifar import CIFARS, cifar_lt
 from rcl_fast.train.data.digits import digits_lt
 from rcl_fast.train.data.folder import image_folder
-from rcl_fast.train.data.lists import LISTS, listed
+from rcl_fast.train.data.lists import LISTS, load_lists
 from rcl_fast.train.data.long_tail import ImbalanceShape, held_out
-from rcl_fast.train.data.samples import BadImage, Published, Samples, open_image, take
+from rcl_fast.train.data.samples import BadImage, RawDataset, Samples, open_image, subset
 
 __all__ = ["DATASETS", "BadImage", "Samples", "Splits", "load_splits", "open_image"]
 
@@ -28,7 +30,7 @@ class Splits:
     test: Samples
     class_names: list[str]
     published_counts: NDArray[np.int64]
-    """Training samples of each class, [num_classes], what is held out counted too."""
+    """Training samples of each class, [num_classes], with those held out."""
     selected_on: str
     """What `validation` is, for reports."""
 
@@ -38,7 +40,7 @@ class Splits:
 
     @property
     def class_counts(self) -> NDArray[np.int64]:
-        """Training samples of each class, [num_classes], what is held out not counted."""
+        """Returns the number of training samples of each class, [num_classes], without those held out."""
         return np.bincount(self.train.labels, minlength=self.num_classes)
 
 
@@ -52,37 +54,37 @@ def load_splits(
     validate_on: Literal["validation", "test"] = "validation",
     seed: int = 0,
 ) -> Splits:
-    """Data set `name` (one of DATASETS) from the folder `data`.
+    """Returns data set `name` (one of DATASETS), read from the folder `data`.
 
     The imbalance is made for digits_lt and the CIFARs; the others are used as they are. Validation is the data set's
-    own, or `validation_fraction` of each training class drawn with `seed`; with validate_on="test" it is the test
+    own, or `validation_fraction` of each training class, sampled with `seed`; with validate_on="test" it is the test
     set, and nothing is held out. Raises FileNotFoundError, saying what is expected where, if data is missing, and
     ValueError if it is not as it should be.
     """
-    published = _published(name, data, imbalance, imbalance_shape)
+    raw = _raw_dataset(name, data, imbalance, imbalance_shape)
     if validate_on == "test":
-        return _splits(published, published.train, published.test, "test (as the literature does)")
-    if published.validation is not None:
-        return _splits(published, published.train, published.validation, "validation (the data set's own)")
-    kept, out = held_out(published.train.labels, validation_fraction, seed)
+        return _splits(raw, raw.train, raw.test, "test (as the literature does)")
+    if raw.validation is not None:
+        return _splits(raw, raw.train, raw.validation, "validation (the data set's own)")
+    kept, out = held_out(raw.train.labels, validation_fraction, seed)
     if len(out) == 0:
         raise ValueError(f'{name}: no class has two training images to hold one out; use validate_on="test"')
     what = f"validation ({100 * validation_fraction:g} % of the training set, held out)"
-    return _splits(published, take(published.train, kept), take(published.train, out), what)
+    return _splits(raw, subset(raw.train, kept), subset(raw.train, out), what)
 
 
-def _published(name: str, data: Path | None, imbalance: float, shape: ImbalanceShape) -> Published:
+def _raw_dataset(name: str, data: Path | None, imbalance: float, shape: ImbalanceShape) -> RawDataset:
     if name == "digits_lt":
         return digits_lt(imbalance, shape)
     if name in CIFARS:
         return cifar_lt(name, data, imbalance, shape)
     if name in LISTS:
-        return listed(name, data)
+        return load_lists(name, data)
     if name == "folder":
         return image_folder(data)
     raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}")
 
 
-def _splits(published: Published, train: Samples, validation: Samples, selected_on: str) -> Splits:
-    counts = np.bincount(published.train.labels, minlength=len(published.class_names))
-    return Splits(train, validation, published.test, published.class_names, counts, selected_on)
+def _splits(raw: RawDataset, train: Samples, validation: Samples, selected_on: str) -> Splits:
+    counts = np.bincount(raw.train.labels, minlength=len(raw.class_names))
+    return Splits(train, validation, raw.test, raw.class_names, counts, selected_on)

@@ -1,16 +1,18 @@
 """Image folders: DIR/train/CLASS/*, DIR/test/CLASS/*."""
 
+from __future__ import annotations
+
 import warnings
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from rcl_fast.train.data.samples import Published, Samples, missing_data
+from rcl_fast.train.data.samples import RawDataset, Samples, missing_data
 
 
-def image_folder(data: Path | None) -> Published:
-    """An image folder used as it is; classes in alphabetical order, the images of a class by file name.
+def image_folder(data: Path | None) -> RawDataset:
+    """Returns an image folder as it is: classes in alphabetical order, the images of a class by file name.
 
     Raises FileNotFoundError where a folder is missing or a class has no training image, ValueError for a class
     that only the test set has. Warns where the test set lacks a class.
@@ -20,7 +22,7 @@ def image_folder(data: Path | None) -> Published:
         expected = [f"{part}/CLASS/IMAGE" for part in absent]
         raise missing_data("folder", data, expected, f"Image formats: {' '.join(IMG_EXTENSIONS)}")
     class_names, class_to_index = find_classes(data / "train")
-    return Published(
+    return RawDataset(
         train=_samples(data / "train", class_to_index),
         test=_samples(data / "test", _tested(data, class_to_index)),
         class_names=class_names,
@@ -28,7 +30,7 @@ def image_folder(data: Path | None) -> Published:
 
 
 def _tested(data: Path, class_to_index: dict[str, int]) -> dict[str, int]:
-    """The classes that the test set has."""
+    """Returns the indices of the classes that the test set has, by name. Raises and warns as `image_folder`."""
     names, _ = find_classes(data / "test")
     unknown = sorted(set(names) - set(class_to_index))
     if unknown:
@@ -40,5 +42,5 @@ def _tested(data: Path, class_to_index: dict[str, int]) -> dict[str, int]:
 
 
 def _samples(folder: Path, class_to_index: dict[str, int]) -> Samples:
-    found = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS)
-    return Samples([path for path, _ in found], np.array([label for _, label in found], np.int64))
+    images = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS)
+    return Samples([path for path, _ in images], np.array([label for _, label in images], np.int64))

@@ -1,5 +1,7 @@
 """ImageNet-LT, Places-LT and iNaturalist 2018: text files of `path label` lines beside the images."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from dataclasses import dataclass
@@ -8,14 +10,14 @@ from pathlib import Path, PurePath
 import numpy as np
 from numpy.typing import NDArray
 
-from rcl_fast.train.data.samples import Published, Samples, missing_data
+from rcl_fast.train.data.samples import RawDataset, Samples, missing_data
 
 _OLTR = 'by the authors of "Large-Scale Long-Tailed Recognition in an Open World" (CVPR 2019)'
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A data set of lists: its files, and the sizes it was published with."""
+    """A data set given as lists: its files, and its published sizes."""
 
     title: str
     files: dict[str, str]
@@ -56,8 +58,8 @@ LISTS = {
 }
 
 
-def listed(name: str, data: Path | None) -> Published:
-    """The lists of data set `name` below `data`; no image is opened.
+def load_lists(name: str, data: Path | None) -> RawDataset:
+    """Returns data set `name` from its lists in the folder `data`; opens no image.
 
     Raises FileNotFoundError naming every missing list, ValueError naming file and line of a bad entry, or a class
     that has no training image. Warns where the sizes are not the published ones.
@@ -74,7 +76,7 @@ def listed(name: str, data: Path | None) -> Published:
     for part in parts.values():
         _check_labels(part, num_classes)
     _warn_of_sizes(known, parts, num_classes)
-    return Published(
+    return RawDataset(
         train=train,
         test=parts["test"],
         class_names=_class_names(train),
@@ -120,15 +122,19 @@ def _check_labels(part: Samples, num_classes: int) -> None:
 
 
 def _warn_of_sizes(known: Listed, parts: dict[str, Samples], num_classes: int) -> None:
-    found = {part: len(samples) for part, samples in parts.items()} | {"classes": num_classes}
+    sizes = {part: len(samples) for part, samples in parts.items()} | {"classes": num_classes}
     published = known.sizes | {"classes": known.num_classes}
-    differing = [f"{what} {n:,} (published: {published[what]:,})" for what, n in found.items() if n != published[what]]
+    differing = [f"{what} {n:,} (published: {published[what]:,})" for what, n in sizes.items() if n != published[what]]
     if differing:
         warnings.warn(f"these lists are not the published {known.title}: {'; '.join(differing)}", stacklevel=5)
 
 
 def _class_names(train: Samples) -> list[str]:
-    """The folder of each class's first image, with its parent where that alone is ambiguous, or else the label."""
+    """Returns a name for each class.
+
+    It is the folder of the class's first image, or that with its parent folder where folders alone are not unique, or
+    else the label.
+    """
     labels, first = np.unique(train.labels, return_index=True)
     folders = [PurePath(train.images[i]).parts[:-1] for i in first]
     for depth in (1, 2):

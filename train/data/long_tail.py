@@ -1,5 +1,7 @@
 """Long-tailed class counts, and which samples make them up: pure functions of labels."""
 
+from __future__ import annotations
+
 from typing import Literal
 
 import numpy as np
@@ -11,7 +13,7 @@ ImbalanceShape = Literal["exponential", "step"]
 def long_tailed_counts(
     n_max: int, num_classes: int, imbalance: float, shape: ImbalanceShape = "exponential"
 ) -> NDArray[np.int64]:
-    """Samples of each class, int64 [num_classes]: from `n_max` for class 0 down to `n_max / imbalance`.
+    """Returns the number of samples of each class, int64 [num_classes]: `n_max` first, `n_max / imbalance` last.
 
     "exponential" falls by the same factor from class to class, "step" has two levels: the first half of the
     classes and the rest. Every class keeps at least one sample. Raises ValueError for impossible arguments.
@@ -31,9 +33,10 @@ def long_tailed_counts(
 
 
 def first_of_each_class(labels: ArrayLike, counts: ArrayLike) -> NDArray[np.int64]:
-    """Indices, ascending, of the first `counts[k]` samples of each class k, so that smaller sets lie in larger.
+    """Returns the indices, ascending, of the first `counts[k]` samples of each class k.
 
-    `labels` integer [n], all below len(counts). Raises ValueError where a class has too few samples.
+    So a smaller set is a part of each larger one. `labels`: integer [n], all below len(counts). Raises ValueError
+    where a class has too few samples.
     """
     labels, counts = np.asarray(labels, np.int64), np.asarray(counts, np.int64)
     available = np.bincount(labels, minlength=len(counts))
@@ -48,7 +51,7 @@ def first_of_each_class(labels: ArrayLike, counts: ArrayLike) -> NDArray[np.int6
 
 
 def held_out(labels: ArrayLike, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of a stratified (training, validation) split, both ascending; `fraction` of each class is held out.
+    """Returns the ascending indices of a stratified split (training, validation); `fraction` of each class is held out.
 
     A class of two or more samples gives at least one to validation; the last sample of a class stays in training.
     """
@@ -63,7 +66,7 @@ def held_out(labels: ArrayLike, fraction: float, seed: int) -> tuple[NDArray[np.
 
 
 def _rank_in_class(labels: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many samples of its own class come before each sample when they are taken in `order`; int64 [n]."""
+    """Returns for each sample how many of its class come before it in `order`, int64 [n]."""
     by_class = order[np.argsort(labels[order], kind="stable")]
     sizes = np.bincount(labels)
     first = np.repeat(np.cumsum(sizes) - sizes, sizes)

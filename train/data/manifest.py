@@ -1,4 +1,6 @@
-"""The manifest that train/verify.py writes, what it tells of two states of the files, and training without bad ones."""
+"""The manifest that train/verify.py writes: reading it, comparing two of them, and training without the bad files."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rcl_fast.train.data.samples import BadImage, Samples, describe, take
+from rcl_fast.train.data.samples import BadImage, Samples, describe, subset
 from rcl_fast.train.runtime.files import write_lines
 
 SHOWN = 5
@@ -20,7 +22,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Entry:
-    """One listed image, and its file as it was when it was verified; None: could not be found out."""
+    """One listed image, and its file as it was when it was verified; None: unknown."""
 
     path: str
     """Below the data folder, or as it was listed where it lies elsewhere."""
@@ -31,7 +33,7 @@ class Entry:
     mode: str | None = None
     """Pillow's name for the pixels before they become RGB: "L", "CMYK", "I;16", ..."""
     format: str | None = None
-    """By the content, whatever the file's name says: "JPEG", "PNG", ..."""
+    """By the content, not by the file's name: "JPEG", "PNG", ..."""
     bytes: int | None = None
     sha256: str | None = None
     error: str | None = None
@@ -51,7 +53,7 @@ class Manifest:
 
 
 class Changes(NamedTuple):
-    """Paths that differ between two manifests; only a hash tells of flipped bytes, which decode without an error."""
+    """The paths that differ between two manifests, by their hashes: flipped bytes may decode without an error."""
 
     changed: list[str]
     gone: list[str]
@@ -59,12 +61,12 @@ class Changes(NamedTuple):
 
 
 def default_file(data: Path) -> Path:
-    """Where the manifest of the folder `data` is, unless --manifest names another place."""
+    """Returns the place of the manifest of the folder `data`, unless --manifest names another."""
     return data / "rcl_fast_manifest.jsonl"
 
 
 def read_manifest(dataset: str, data: Path, file: Path | None = None) -> Manifest:
-    """The manifest of `data`, from its default place or from `file`.
+    """Returns the manifest of `data`, read from `file` or from its default place.
 
     Raises FileNotFoundError with the command that makes it, ValueError naming the line that is no entry.
     """
@@ -86,17 +88,17 @@ def read_manifest(dataset: str, data: Path, file: Path | None = None) -> Manifes
 
 
 def write_manifest(file: Path, entries: Sequence[Entry]) -> None:
-    """JSON lines, as one: numbers stay numbers, and any file name survives, be it no UTF-8 at all."""
+    """Writes the manifest as JSON lines: numbers stay numbers, and file names that are not UTF-8 survive."""
     write_lines(file, [vars(entry) for entry in entries])
 
 
 def relative(path: str, data: Path) -> str:
-    """`Entry.path` of a path as the data sets' loaders make it, so that folder and manifest can move together."""
+    """Returns `Entry.path` for a path of `Samples`: below `data`, so that folder and manifest can move together."""
     return path.removeprefix(os.path.join(data, ""))
 
 
 def changes(before: Manifest, now: Sequence[Entry]) -> Changes:
-    """What became of the files of an earlier manifest; a file that can't be read counts as gone."""
+    """Returns what became of the files of an earlier manifest; a file that can't be read counts as gone."""
     old = {entry.path: entry.sha256 for entry in before.entries.values() if entry.sha256}
     new = {entry.path: entry.sha256 for entry in now if entry.sha256}
     return Changes(
@@ -109,8 +111,8 @@ def changes(before: Manifest, now: Sequence[Entry]) -> Changes:
 def check_readable(samples: Samples, manifest: Manifest) -> None:
     """Raises BadImage, before hours of training, where the manifest knows samples as bad.
 
-    It goes by the manifest alone, whatever has become of the files since, so that one manifest always says the same. To
-    look at each file would take minutes over a network and tell no more than training, which stops at a bad one.
+    It goes by the manifest alone, whatever has become of the files since, so that one manifest always gives the same
+    answer. Looking at each file would take minutes over a network, and training stops at a bad file anyway.
     """
     bad = _described(samples, manifest, _known_bad(samples, manifest))
     if bad:
@@ -122,7 +124,10 @@ def check_readable(samples: Samples, manifest: Manifest) -> None:
 
 
 def bad_indices(samples: Samples, manifest: Manifest) -> NDArray[np.int64]:
-    """Positions of the samples that the manifest knows as bad; ValueError naming the first that it does not have."""
+    """Returns the indices of the samples that the manifest knows as bad.
+
+    Raises ValueError naming the first sample that the manifest does not have.
+    """
     for index, path in enumerate(_paths(samples, manifest)):
         if path not in manifest.entries:
             raise ValueError(
@@ -133,7 +138,7 @@ def bad_indices(samples: Samples, manifest: Manifest) -> NDArray[np.int64]:
 
 
 def without_bad(samples: Samples, manifest: Manifest, class_names: Sequence[str]) -> tuple[Samples, list[str]]:
-    """The samples that are not bad, and a line for each that was left out, with the cause.
+    """Returns the samples that are not bad, and a line for each that was left out, with the cause.
 
     Raises ValueError where `bad_indices` does, and where a class would lose all its images.
     """
@@ -149,11 +154,11 @@ def without_bad(samples: Samples, manifest: Manifest, class_names: Sequence[str]
             f"every image of class {class_names[lost[0]]!r} is bad, such as {describe(samples, index)}{others}: "
             f"skipping them leaves nothing of it. All bad files are in {manifest.file}"
         )
-    return take(samples, kept), _described(samples, manifest, bad)
+    return subset(samples, kept), _described(samples, manifest, bad)
 
 
 def _paths(samples: Samples, manifest: Manifest) -> list[str]:
-    """`Entry.path` of each sample; none for images in memory, which were read when they were loaded."""
+    """Returns `Entry.path` of each sample; none for images in memory, which were read when they were loaded."""
     if isinstance(samples.images, np.ndarray):
         return []
     return [relative(path, manifest.data) for path in samples.images]

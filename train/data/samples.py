@@ -1,5 +1,7 @@
 """Labelled images, wherever they lie: as files, or in memory."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rcl_fast.train.errors import UserError
 
-class BadImage(ValueError):
+
+class BadImage(UserError):
     """An image file that cannot be read; the message names the file, where it was listed, and the cause."""
 
 
@@ -30,8 +34,8 @@ class Samples:
 
 
 @dataclass(frozen=True, eq=False)
-class Published:
-    """A data set as it comes, before anything is held out; `validation` where it has its own."""
+class RawDataset:
+    """A data set before anything is held out; `validation` is None where it has none of its own."""
 
     train: Samples
     test: Samples
@@ -39,8 +43,8 @@ class Published:
     validation: Samples | None = None
 
 
-def take(samples: Samples, indices: NDArray[np.int64]) -> Samples:
-    """The samples at `indices`, in that order."""
+def subset(samples: Samples, indices: NDArray[np.int64]) -> Samples:
+    """Returns the samples at `indices`, in that order."""
     images, origins = samples.images, samples.origins
     return Samples(
         images[indices] if isinstance(images, np.ndarray) else [images[i] for i in indices],
@@ -50,7 +54,7 @@ def take(samples: Samples, indices: NDArray[np.int64]) -> Samples:
 
 
 def open_image(samples: Samples, index: int) -> Image.Image:
-    """Sample `index` as an RGB image, decoded. Raises BadImage where its file is missing or damaged."""
+    """Returns sample `index` as a decoded RGB image. Raises BadImage where its file is missing or damaged."""
     image = samples.images[index]
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
@@ -62,7 +66,7 @@ def open_image(samples: Samples, index: int) -> Image.Image:
 
 
 def describe(samples: Samples, index: int) -> str:
-    """Sample `index` for a person: its path and where it was listed, or its number."""
+    """Returns words for sample `index`: its path and where it was listed, or its number."""
     image = samples.images[index]
     if isinstance(image, np.ndarray):
         return f"image {index}"
@@ -70,7 +74,7 @@ def describe(samples: Samples, index: int) -> str:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel; Pillow would clip 16-bit gray to white."""
+    """Returns the image as RGB of 8 bits a channel; Pillow would clip 16-bit gray to white."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -81,12 +85,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _cause(path: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    if os.path.isfile(path) and os.path.getsize(path) == 0:  # pathlib's raise for a name that no file can have
+    if os.path.isfile(path) and os.path.getsize(path) == 0:  # pathlib's methods raise for a name that no file can have
         return "the file is empty"
     return f"{type(error).__name__}: {error}"
 
 
 def missing_data(name: str, data: Path | None, expected: Sequence[str], how: str) -> FileNotFoundError:
-    """The error to raise: data set `name` lacks the paths `expected` below `data`; `how` says how to get them."""
+    """Returns the error for a data set whose paths `expected` are not below `data`; `how` says how to get them."""
     where = f"not found below {data}" if data is not None else "no data folder was given; --data DIR should hold"
     return FileNotFoundError("\n".join([f"{name}: {where}:", *(f"  {path}" for path in expected), how]))

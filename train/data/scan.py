@@ -1,4 +1,4 @@
-"""Every image file decoded once, in parallel, and what is found out about it."""
+"""Decoding every image file once, in parallel, to complete its entry in the manifest."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from PIL import Image
 
 from rcl_fast.train.data.manifest import Entry
 from rcl_fast.train.data.samples import BadImage, Samples, describe, open_image
+from rcl_fast.train.errors import UserError
 
 CHUNK = 32  # images that a process is handed at once: some tenths of a second's work
 
 
-def examined(unseen: Sequence[Entry], data: Path, workers: int) -> Iterator[Entry]:
-    """Each entry as `examine` completes it, in order, by `workers` processes; 0: by this one.
+def scan(unseen: Sequence[Entry], data: Path, workers: int) -> Iterator[Entry]:
+    """Gives each entry as `scan_file` completes it, in order; `workers` processes do it, or with 0 this one.
 
-    Raises SystemExit where a process dies.
+    Raises UserError where a process dies.
     """
-    look = partial(examine, data=data)
+    look = partial(scan_file, data=data)
     if workers == 0:
         yield from map(look, unseen)
         return
@@ -42,7 +43,7 @@ def examined(unseen: Sequence[Entry], data: Path, workers: int) -> Iterator[Entr
             yield entry
             done += 1
     except BrokenProcessPool as error:
-        raise SystemExit(
+        raise UserError(
             f"a process died, short of memory or of a decoder's crash, on the images from {unseen[done].path} on. "
             "Try again with fewer --workers; 0 decodes one image at a time, in order"
         ) from error
@@ -54,26 +55,29 @@ _IGNORE_INTERRUPTS = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every pro
 
 
 def _processes() -> BaseContext:
-    """Processes that start as copies of one that has imported all this, where there are such: seconds less for each."""
+    """Returns the way to start processes: as copies of one that has imported this module, where the system can.
+
+    That saves seconds for each process.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     interrupt = signal.signal(*_IGNORE_INTERRUPTS)
     try:
-        forkserver.ensure_running()  # inherits what it does of an interrupt while it still imports
+        forkserver.ensure_running()  # it inherits SIG_IGN, so that Ctrl-C does not end it while it still imports
     finally:
         signal.signal(signal.SIGINT, interrupt)
     return context
 
 
-def examine(entry: Entry, data: Path) -> Entry:
-    """The entry, with what its file below `data` is found to be. Nothing in a file makes this raise."""
+def scan_file(entry: Entry, data: Path) -> Entry:
+    """Returns the entry, completed from its file below `data`. Nothing in a file makes this raise."""
     path = os.path.join(data, entry.path)
     if os.path.exists(path) and not os.path.isfile(path):  # to open a named pipe would wait forever
         return replace(entry, error="it is a folder or a device, not a file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of oddities in files that it can read
+        warnings.simplefilter("ignore")  # Pillow warns of oddities in files that it can read
         return replace(entry, **_fingerprint(path), **_header(path), error=_error(path))
 
 
@@ -84,7 +88,7 @@ def _fingerprint(path: str) -> dict[str, Any]:
             while block := file.read(1 << 20):
                 digest.update(block)
                 size += len(block)
-    except (OSError, ValueError):  # ValueError: no path can be like that
+    except (OSError, ValueError):  # ValueError: such as a path with a null byte
         return {}
     return {"bytes": size, "sha256": digest.hexdigest()}
 

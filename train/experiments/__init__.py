@@ -1,1 +1,1 @@
-"""The paper's tables and figure 3 as runs: which there are, what each gave, and how that is shown."""
+"""The paper's tables and figure 3 as runs: which runs there are, their results, and the tables made of these."""

@@ -1,4 +1,4 @@
-"""How well classes part in feature space: Calinski-Harabasz (higher is better) and Davies-Bouldin (lower)."""
+"""How well classes separate in feature space: Calinski-Harabasz (higher is better) and Davies-Bouldin (lower)."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
-from rcl_fast.train.experiments.features import Features, of_test_images
+from rcl_fast.train.experiments.features import Features, features_of_test_images
 from rcl_fast.train.experiments.rows import CLUSTERS
 from rcl_fast.train.rundir import checkpoints
 from rcl_fast.train.runtime.files import write_text
 
 
 def measure(run: Path, data: Path | None) -> None:
-    """Write run/clusters.json: the indices of backbone and head, of the best epoch and of the last."""
-    found = {}
+    """Writes run/clusters.json: the indices of backbone and head, for the best epoch and for the last."""
+    values = {}
     for prefix, checkpoint in (("", best_checkpoint(run)), ("last_epoch_", checkpoints.LAST)):
-        features = of_test_images(run, checkpoint, data)
-        found.update({prefix + name: value for name, value in of_features(features).items()})
-    write_text(run / CLUSTERS, json.dumps(found, indent=2) + "\n")
+        features = features_of_test_images(run, checkpoint, data)
+        values.update({prefix + name: value for name, value in of_features(features).items()})
+    write_text(run / CLUSTERS, json.dumps(values, indent=2) + "\n")
 
 
 def best_checkpoint(run: Path) -> str:
-    """A best epoch that is also the last may have no file of its own."""
+    """Returns the file of the best epoch; where that is also the last epoch, it may only have the last one's file."""
     return checkpoints.BEST if (run / checkpoints.BEST).is_file() else checkpoints.LAST
 
 
 def of_features(features: Features) -> dict[str, float]:
-    found = {f"backbone_{name}": value for name, value in indices(features.backbone, features.labels).items()}
+    values = {f"backbone_{name}": value for name, value in indices(features.backbone, features.labels).items()}
     if features.head is not None:
-        found.update({f"head_{name}": value for name, value in indices(features.head, features.labels).items()})
-    return found
+        values.update({f"head_{name}": value for name, value in indices(features.head, features.labels).items()})
+    return values
 
 
 def indices(features: NDArray[np.floating], labels: NDArray[np.integer]) -> dict[str, float]:
-    """Both indices of features [n, d], each class a cluster; they need two classes and more images than classes."""
+    """Returns both indices of features [n, d], with each class as a cluster. They need 2 <= classes < images."""
     return {
         "calinski_harabasz": float(calinski_harabasz_score(features, labels)),
         "davies_bouldin": float(davies_bouldin_score(features, labels)),

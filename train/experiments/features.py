@@ -9,19 +9,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcl_fast.train import config
-from rcl_fast.train.data.datasets import Splits
+from rcl_fast.train.inference import load_network
 from rcl_fast.train.loaders import build
-from rcl_fast.train.network.models import LongTailedClassifier, build_network
+from rcl_fast.train.loop.evaluation import evaluate
 from rcl_fast.train.options import Config
-from rcl_fast.train.rundir import checkpoints
-from rcl_fast.train.runtime.machine import choose_machine
+from rcl_fast.train.runtime.hardware import Runtime, choose_runtime
+
+CHUNK = 8192  # features that are embedded at once
 
 
 class Features(NamedTuple):
-    """float32 [n, d] of the backbone, [n, D] of the head, normalised (None: the run has no head), labels [n]."""
+    """Features float32: [n, d] of the backbone, normalised [n, D] of the head (None: the run has none), labels [n]."""
 
     backbone: NDArray[np.float32]
     head: NDArray[np.float32] | None
@@ -29,45 +30,42 @@ class Features(NamedTuple):
     class_names: list[str]
 
 
-def of_test_images(run: Path, checkpoint: str, data: Path | None) -> Features:
-    """By the weights of run/checkpoint; a run of one epoch may have no best but the last: the caller names the file."""
-    settings = _settings(run, data)
-    splits = build.load(settings, _silent)
-    model = build_network(settings, checkpoints.load(run / checkpoint)["model"])
-    return _pass(model, settings, splits)
+def features_of_test_images(run: Path, checkpoint: str, data: Path | None) -> Features:
+    """Computes the features with the weights in run/checkpoint; `data`: the data set's folder, None: the run's own.
 
-
-def _settings(run: Path, data: Path | None) -> Config:
-    settings = config.saved_config(run)
-    where = settings.data.data if data is None else data
-    # On the machine at hand, which need not be the one that trained.
-    return dataclasses.replace(
-        settings,
-        data=dataclasses.replace(settings.data, data=where),
-        run=dataclasses.replace(settings.run, device="auto"),
-    )
-
-
-@torch.no_grad()
-def _pass(model: LongTailedClassifier, settings: Config, splits: Splits) -> Features:
-    machine = choose_machine(settings.run)
-    model.to(machine.device, memory_format=machine.memory_format).eval()  # type: ignore[call-overload]  # stubs lag
-    backbone, head, labels = [], [], []
-    for batch in build.evaluation_loader(settings, splits.test, machine, _silent).epoch(0):
-        with machine.autocast():
-            features = model.backbone(machine.images(batch["x1"]))
-            embeddings = None if model.projection_head is None else model.projection_head(features)
-        backbone.append(features.float().cpu())
-        labels.append(batch["label"].cpu())
-        if embeddings is not None:
-            head.append(F.normalize(embeddings.float(), dim=1).cpu())
+    The caller names the file, as a run of one epoch may have no best checkpoint but the last.
+    """
+    loaded = load_network(run, checkpoint)
+    config = _here(loaded.config, data)
+    splits, runtime = build.load(config), choose_runtime(config.run)
+    model = loaded.model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # stubs
+    everything = torch.ones(len(splits.test), dtype=torch.bool)
+    loader = build.evaluation_loader(config, splits.test, runtime)
+    evaluation = evaluate(model, loader, splits.num_classes, runtime, keep_features=everything)
     return Features(
-        torch.cat(backbone).numpy(),
-        torch.cat(head).numpy() if head else None,
-        torch.cat(labels).numpy(),
+        evaluation.features.numpy(),
+        None if model.projection_head is None else _embedded(model.projection_head, evaluation.features, runtime),
+        evaluation.labels.numpy(),
         splits.class_names,
     )
 
 
-def _silent(_: str) -> None:
-    pass
+def _here(config: Config, data: Path | None) -> Config:
+    """Returns the configuration for this machine, which need not be the one that trained."""
+    folder = config.data.data if data is None else data
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, data=folder),
+        run=dataclasses.replace(config.run, device="auto"),
+    )
+
+
+@torch.no_grad()
+def _embedded(head: nn.Module, features: Tensor, runtime: Runtime) -> NDArray[np.float32]:
+    """Returns the normalised embeddings [n, D] of features [n, d], float32."""
+    embeddings = []
+    for chunk in features.split(CHUNK):
+        with runtime.autocast():
+            of_chunk = head(chunk.to(runtime.device))
+        embeddings.append(F.normalize(of_chunk.float(), dim=1).cpu())
+    return torch.cat(embeddings).numpy()

@@ -1,6 +1,6 @@
 """Figure 3: features of the test images in two dimensions, before and after.
 
-Drawn by matplotlib: the figure is a file for a page, and plotly, which draws the report, writes none without a browser.
+matplotlib draws it: the figure is an image file, and plotly, which draws the report, needs a browser to write one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from rcl_fast.train.errors import UserError
 from rcl_fast.train.experiments.clusters import best_checkpoint
-from rcl_fast.train.experiments.features import of_test_images
+from rcl_fast.train.experiments.features import features_of_test_images
 from rcl_fast.train.report.feature_map import balanced_subset, tsne
 from rcl_fast.train.runtime.files import write_text
 
@@ -22,16 +23,16 @@ _NAMED_CLASSES = 10
 
 
 def check_drawable() -> None:
-    """Before hours of training; raises SystemExit."""
+    """Raises UserError, before hours of training, where matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise SystemExit("figure3 is drawn by matplotlib: pip install matplotlib") from None
+        raise UserError("figure3 is drawn by matplotlib: pip install matplotlib") from None
 
 
 def points_of(run: Path, data: Path | None) -> dict[str, Any]:
-    """t-SNE of the backbone's features of the best epoch, at most MOST_POINTS test images, evenly over the classes."""
-    features = of_test_images(run, best_checkpoint(run), data)
+    """Returns t-SNE of the best epoch's backbone features, for at most MOST_POINTS images, evenly over the classes."""
+    features = features_of_test_images(run, best_checkpoint(run), data)
     chosen = balanced_subset(features.labels, MOST_POINTS)
     flat = tsne(features.backbone[chosen])
     flat = np.zeros((len(chosen), 2)) if flat is None else flat
@@ -44,14 +45,14 @@ def points_of(run: Path, data: Path | None) -> dict[str, Any]:
 
 
 def write(panels: Mapping[str, dict[str, Any]], title: str, file: Path) -> list[Path]:
-    """The points as JSON, and the picture drawn from that as SVG and PNG."""
+    """Writes the points as JSON, and the picture of them as SVG and PNG; returns the files."""
     data = _points_file(file)
     write_text(data, json.dumps({"title": title, "panels": panels}) + "\n")
     return [data, *draw(data, file)]
 
 
 def read_points(file: Path) -> dict[str, dict[str, Any]]:
-    """The panels that an earlier `write` has left; none without."""
+    """Returns the panels that an earlier `write` has left, if any."""
     data = _points_file(file)
     return json.loads(data.read_text(encoding="utf-8"))["panels"] if data.is_file() else {}
 
@@ -61,7 +62,7 @@ def _points_file(file: Path) -> Path:
 
 
 def draw(data: Path, file: Path) -> list[Path]:
-    """The picture of a file of points."""
+    """Draws the picture of a file of points as SVG and PNG; returns the files."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -76,7 +77,7 @@ def draw(data: Path, file: Path) -> list[Path]:
     if few:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2, fontsize=8)
     written = [file.with_name(file.name + ending) for ending in (".svg", ".png")]
-    with mpl.rc_context({"svg.hashsalt": "figure3"}):  # the same points, the same bytes
+    with mpl.rc_context({"svg.hashsalt": "figure3"}):  # the same points give the same bytes
         figure.savefig(written[0], metadata={"Date": None})
         figure.savefig(written[1], dpi=150)
     return written

@@ -1,4 +1,4 @@
-"""A table for the terminal, as Markdown and as JSON."""
+"""Showing a table: for the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Filled(NamedTuple):
 
     table: Table
     cells: list[list[Cell]]  # by row and column
-    without: list[str]  # by row: what stands where there is no figure of ours
-    setting: list[str]  # what is not the paper's
+    without: list[str]  # by row: the text of a cell without a figure of ours
+    setting: list[str]  # the differences from the paper's setting
     seeds: int
     selected_on: list[str]  # the sets that epochs were selected on
 
@@ -28,20 +28,20 @@ def title(filled: Filled) -> str:
 
 
 def notes(filled: Filled) -> list[str]:
-    """What the figures are, in sentences."""
+    """Returns sentences on what the figures are."""
     spread = "mean ± standard deviation over" if filled.seeds > 1 else "of"
-    found = [f"Ours: {spread} {filled.seeds} seed{'s' * (filled.seeds != 1)}, the selected epoch, then the last."]
+    lines = [f"Ours: {spread} {filled.seeds} seed{'s' * (filled.seeds != 1)}, the selected epoch, then the last."]
     if not filled.setting and _has_paper(filled):
-        found.append("In brackets: ours minus the paper's.")
+        lines.append("In brackets: ours minus the paper's.")
     if filled.selected_on:
-        found.append(f"Epochs selected on: {'; '.join(filled.selected_on)}.")
+        lines.append(f"Epochs selected on: {'; '.join(filled.selected_on)}.")
     else:
-        found.append("No run of ours is finished yet.")
-    return found + [note for note in filled.table.notes if not (filled.setting and note.startswith("The best epoch"))]
+        lines.append("No run of ours is finished yet.")
+    return lines + [note for note in filled.table.notes if not (filled.setting and note.startswith("The best epoch"))]
 
 
 def for_terminal(filled: Filled) -> RichTable:
-    """Without title and notes: rich would fold them to the table's width."""
+    """Returns the table without title and notes, which rich would fold to the table's width."""
     table = RichTable()
     table.add_column("")
     for column in filled.table.columns:
@@ -60,7 +60,7 @@ def for_terminal(filled: Filled) -> RichTable:
 
 
 def as_markdown(filled: Filled) -> str:
-    """GitHub's, a line of its own for each block of rows."""
+    """Returns the table in GitHub's Markdown, with a line of its own for each block of rows."""
     head = [""]
     for column in filled.table.columns:
         name = heading(column).replace("\n", ", ")
@@ -90,7 +90,7 @@ def as_json(filled: Filled) -> dict[str, Any]:
 
 
 def _has_paper(filled: Filled) -> bool:
-    """Whether the table has the paper's numbers at all: in place of its data sets it has none."""
+    """Returns whether the table has numbers of the paper: for a data set in place of the paper's there are none."""
     return any(row.paper for row in filled.table.rows)
 
 
@@ -104,19 +104,22 @@ def _line(texts: Sequence[str]) -> str:
 
 
 def _texts(filled: Filled) -> list[tuple[Row, list[str] | None]]:
-    """Each row's cells as text, paper's and ours in turn; before the first of each block the row with None."""
-    found: list[tuple[Row, list[str] | None]] = []
+    """Returns each row with its cells as text, the paper's and ours in turn.
+
+    The first row of each block comes before that with None, for the block's heading.
+    """
+    lines: list[tuple[Row, list[str] | None]] = []
     block = ""
     for row, cells, without in zip(filled.table.rows, filled.cells, filled.without, strict=True):
         if row.block != block:
             block = row.block
-            found.append((row, None))
+            lines.append((row, None))
         texts = []
         for cell, column in zip(cells, filled.table.columns, strict=True):
             texts += [_paper(cell.paper, column)] if _has_paper(filled) else []
             texts.append(_ours(cell, column, filled.seeds, without))
-        found.append((row, texts))
-    return found
+        lines.append((row, texts))
+    return lines
 
 
 def _paper(value: Paper, column: Column) -> str:

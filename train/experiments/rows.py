@@ -1,4 +1,4 @@
-"""A finished run as one row: its figures, what it was, and the machines that it ran on."""
+"""A finished run as one row: its figures, its options, and the machine that it ran on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GROUPS = re.compile(r"(\d+) of \d+ classes are under [^;]*; (\d+) others")
 
 
 def row_of(of: runs.Run, second_stage: str | None = None) -> dict[str, Any] | None:
-    """What a finished run gave, with what it was and on which machine; None where it is not finished."""
+    """Returns a finished run's figures, options and machine; None where it is not finished."""
     if runs.state(of) != "finished":
         return None
     results = runs.read_json(of.folder / "metrics.json")
@@ -30,7 +30,7 @@ def row_of(of: runs.Run, second_stage: str | None = None) -> dict[str, Any] | No
         if not results:
             return None
     return {
-        "key": of.key,
+        "key": of.id,
         "second_stage": second_stage,
         "dataset": of.config.data.dataset,
         "imbalance": of.config.data.imbalance if of.config.data.dataset in MAKES_IMBALANCE else None,
@@ -50,17 +50,17 @@ PROVENANCE = "provenance.json"
 
 
 def _groups(folder: Path) -> dict[str, int]:
-    """How many classes the compression rule found failing, from what the run noted."""
+    """Returns how many classes the compression rule found failing, and how many not, from the run's log."""
     log = folder / "output.log"
-    found = _GROUPS.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
-    if not found:
+    counts = _GROUPS.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
+    if not counts:
         return {}
-    failing, others = map(int, found[-1])
+    failing, others = map(int, counts[-1])
     return {"failing_classes": failing, "other_classes": others}
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
-    """Of the last start; the commits of all."""
+    """Returns the provenance of the run's last start, with the commits of all its starts."""
     starts: Sequence[dict[str, Any]] = runs.read_json(folder / PROVENANCE).get("starts", [])
     if not starts:
         return {"commit": "not recorded: not started by reproduce.py"}

@@ -1,4 +1,4 @@
-"""What the command line changes of a table's runs, and the name of a run: a hash of what it computes."""
+"""The command line's changes to a table's runs, and the name of a run: a hash of what it computes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import shlex
 from functools import cache
 from typing import NamedTuple, get_type_hints
 
-from rcl_fast.train import config
-from rcl_fast.train.config import RESUMABLE
+from rcl_fast.train.config import RESUMABLE, parse
 from rcl_fast.train.experiments.tables import Column, Options, Row, Table
 from rcl_fast.train.options import Config
 
-# What may differ between two runs that give the same figures: where things are, and how fast they are computed.
+# The options that don't change a run's figures: where things are, and how fast they are computed.
 IGNORED = {
     "data": RESUMABLE["data"],
     "run": (RESUMABLE["run"] - {"precision"}) | {"output", "resume"},
@@ -23,7 +22,7 @@ MAKES_IMBALANCE = ("digits_lt", "cifar10_lt", "cifar100_lt")
 
 
 class Setting(NamedTuple):
-    """What the command line changes of a table's runs; nothing of it is the paper's."""
+    """The command line's changes to a table's runs; with any of them the setting is not the paper's."""
 
     dataset: str | None = None
     epochs: int | None = None
@@ -31,22 +30,22 @@ class Setting(NamedTuple):
     more: tuple[str, ...] = ()  # any options of train/run.py, as given
 
     def words(self, table: Table) -> list[str]:
-        """What differs from the paper's setting; empty: nothing."""
+        """Returns the differences from the paper's setting, in words."""
         replaced = self.dataset is not None and self.dataset not in _datasets(table)
-        found = {
+        texts = {
             "epochs": f"{self.epochs} epoch{'s' * (self.epochs != 1)}",
             "validate_on": f"--validate-on {self.validate_on}",
             "more": shlex.join(self.more),
         }
         return [f"{self.dataset} in place of the paper's data sets"] * replaced + [
-            text for name, text in found.items() if self.changes(table, name)
+            text for name, text in texts.items() if self.changes(table, name)
         ]
 
     def changes(self, table: Table, name: str) -> bool:
-        """Whether that field changes what is computed; --more="--cuda-graph" only changes how."""
+        """Returns whether that field changes what is computed; --more="--cuda-graph" only changes how."""
         without = self._replace(**{name: self._field_defaults[name]})
         return self != without and any(
-            run_key(parsed(arguments_of(row, column, self))) != run_key(parsed(arguments_of(row, column, without)))
+            run_id(parsed(arguments_of(row, column, self))) != run_id(parsed(arguments_of(row, column, without)))
             for column in adapt(table, self.dataset).columns
             for row in table.rows
             if row.options is not None
@@ -54,9 +53,9 @@ class Setting(NamedTuple):
 
 
 def adapt(table: Table, dataset: str | None) -> Table:
-    """The table on one data set: its columns there, or if it has none, that one in place of each of its own.
+    """Returns the table on one data set: its columns there or, if it has none, all columns with that data set instead.
 
-    In place of another data set the paper's numbers mean nothing: they are left out.
+    Where the data set is replaced, the paper's numbers mean nothing and are left out.
     """
     if dataset is None:
         return table
@@ -81,41 +80,41 @@ def _elsewhere(column: Column, dataset: str) -> Options:
 
 
 def arguments_of(row: Row, column: Column, setting: Setting) -> tuple[str, ...]:
-    """Of train/run.py, for any seed."""
+    """Returns the arguments of train/run.py, without the seed."""
     options = {**column.options, **(row.options or {})}
     if options["dataset"].startswith("cifar"):
-        options["validate_on"] = "test"  # CIFAR's published figures are selected there
+        options["validate_on"] = "test"  # epochs are selected there for CIFAR's published figures
     options.update({name: value for name in ("epochs", "validate_on") if (value := getattr(setting, name)) is not None})
     return (*flags(options), *setting.more)
 
 
 @cache
 def parsed(arguments: tuple[str, ...]) -> Config:
-    """Kept, for it takes longer than all the rest, and tables ask for the same again."""
-    return config.parse(arguments)
+    """Returns the parsed arguments. They are cached: parsing takes longest, and tables ask for the same again."""
+    return parse(arguments)
 
 
 def flags(options: Options) -> list[str]:
-    """Options as the command line has them."""
-    found = []
+    """Returns the options as arguments of the command line."""
+    arguments = []
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            found += [f"--{flag}", str(value)]
-    return found
+            arguments += [f"--{flag}", str(value)]
+    return arguments
 
 
-def run_key(settings: Config) -> str:
-    """Names what a run computes: a hash of the resolved configuration, without where and on what machine.
+def run_id(config: Config) -> str:
+    """Returns the name of what a run computes: a hash of the resolved configuration without the options in IGNORED.
 
-    Options at their class's default are left out, so that one added later changes no name; `check_saved` sees where
-    such a default has changed instead.
+    Options at their class's default are left out, so that a new option changes no name. Where such a default changes,
+    `check_saved` sees it.
     """
     values = {
         f"{section}.{name}": value
-        for section, options in settings.to_dict().items()
+        for section, options in config.to_dict().items()
         for name, value in options.items()
         if name not in IGNORED.get(section, ()) and value != _DEFAULTS[section].get(name, _NO_DEFAULT)
     }

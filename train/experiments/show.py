@@ -1,101 +1,105 @@
-"""A table from the rows of its runs: printed, and written as Markdown, JSON and rows."""
+"""Printing a table from the rows of its runs, and writing it as Markdown, JSON and rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import rich
 
 from rcl_fast.train.experiments import cells, clusters, pictures, render, runs
-from rcl_fast.train.experiments.plan import Entry, Options, Plan, Rows, plan, read_rows, say, unique
+from rcl_fast.train.experiments.plan import Plan, PlannedRun, Rows, plan, read_rows, unique
 from rcl_fast.train.experiments.render import Filled
 from rcl_fast.train.experiments.rows import CLUSTERS, row_of
 from rcl_fast.train.experiments.setting import Setting
 from rcl_fast.train.experiments.tables import TABLES, Table
+from rcl_fast.train.options import ReproduceOptions
 from rcl_fast.train.runtime.files import write_text
 
+_logger = logging.getLogger(__name__)
 
-def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: Options, console: Console) -> None:
-    """Gather, print, and write TABLE.md, TABLE.json and TABLE.jsonl, the rows of the runs."""
+
+def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: ReproduceOptions) -> None:
+    """Gathers the rows of the runs, prints the table, and writes TABLE.md, TABLE.json and the rows as TABLE.jsonl."""
     if any(row.features for row in table.rows):
-        _measure_clusters(entries, known, console)
-    found = {entry.id: row for entry in unique(entries) if (row := _row(entry, known)) is not None}
-    filled = fill(table, entries, found, setting, options.seeds)
-    say(console, render.title(filled))
-    console.print(render.for_terminal(filled))
-    say(console, "\n".join(render.notes(filled)))
+        _measure_clusters(entries, known)
+    finished = {entry.id: row for entry in unique(entries) if (row := _row(entry, known)) is not None}
+    filled = fill(table, entries, finished, setting, options.seeds)
+    _logger.info(render.title(filled))
+    rich.get_console().print(render.for_terminal(filled), soft_wrap=True)
+    _logger.info("\n".join(render.notes(filled)))
     folder = options.output or options.folder / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / file_name(table, setting, options.only)
     write_text(file.with_name(file.name + ".md"), render.as_markdown(filled))
     write_text(file.with_name(file.name + ".json"), json.dumps(render.as_json(filled), indent=2) + "\n")
-    rows = {id: {"not_the_papers_setting": filled.setting, **row} for id, row in found.items()}
+    rows = {id: {"not_the_papers_setting": filled.setting, **row} for id, row in finished.items()}
     kept = other_seeds(file.with_name(file.name + ".jsonl"), table, setting, options)
     lines = [json.dumps(row) + "\n" for row in {**kept, **rows}.values()]
     write_text(file.with_name(file.name + ".jsonl"), "".join(lines))
-    say(console, f"written: {file}.md, .json and .jsonl")
+    _logger.info(f"written: {file}.md, .json and .jsonl")
     if table.name == "figure3":
-        _draw(table, entries, render.title(filled), file, console)
+        _draw(table, entries, render.title(filled), file)
 
 
 def file_name(table: Table, setting: Setting, only: Sequence[str]) -> str:
-    """What is not the paper's setting has a name of its own, and so has a part of the table."""
+    """Returns the table's file name. Another setting than the paper's has its own, and so has a part of the table."""
     changed = {"epochs": f"{setting.epochs}epochs", "validate_on": f"on_{setting.validate_on}", "more": "more"}
     parts = [text for name, text in changed.items() if setting.changes(table, name)]
     return "-".join([table.name, *([setting.dataset] if setting.dataset else []), *parts, *(["only"] if only else [])])
 
 
-def other_seeds(file: Path, table: Table, setting: Setting, options: Options) -> Rows:
-    """The rows in `file` of the table's runs, with as many seeds as are there: a call with fewer is to lose none."""
+def other_seeds(file: Path, table: Table, setting: Setting, options: ReproduceOptions) -> Rows:
+    """Returns the rows in `file` of the table's runs with any seed, so that a call with fewer seeds loses none."""
     before = read_rows([file] if file.is_file() else [])
     seeds = 1 + max((row["seed"] for row in before.values()), default=-1)
     wanted = {entry.id for entry in unique(plan(table, setting, dataclasses.replace(options, seeds=seeds)))}
     return {id: row for id, row in before.items() if id in wanted}
 
 
-def _row(entry: Entry, known: Rows) -> dict[str, Any] | None:
+def _row(entry: PlannedRun, known: Rows) -> dict[str, Any] | None:
     return known.get(entry.id) or row_of(entry.run, entry.second_stage)
 
 
-def _measure_clusters(entries: Plan, known: Rows, console: Console) -> None:
+def _measure_clusters(entries: Plan, known: Rows) -> None:
     for entry in unique(entries):
         measured = (entry.run.folder / CLUSTERS).is_file()
         if entry.id not in known and not measured and runs.state(entry.run) == "finished":
-            say(console, f"cluster indices: {entry.label}")
+            _logger.info(f"cluster indices: {entry.label}")
             clusters.measure(entry.run.folder, entry.run.data)
 
 
-def fill(table: Table, entries: Plan, found: Rows, setting: Setting, seeds: int) -> Filled:
-    """The table's cells from the rows of its finished runs."""
+def fill(table: Table, entries: Plan, finished: Rows, setting: Setting, seeds: int) -> Filled:
+    """Returns the table's cells, from the rows of its finished runs."""
     words = setting.words(TABLES.get(table.name, table))
     by_row = [
         [
-            cells.cell(row, column, place, [found[entry.id] for entry in cell if entry.id in found], not words)
+            cells.cell(row, column, place, [finished[entry.id] for entry in cell if entry.id in finished], not words)
             for place, (column, cell) in enumerate(zip(table.columns, of_row, strict=True))
         ]
         for row, of_row in zip(table.rows, entries, strict=True)
     ]
-    selected_on = list(dict.fromkeys(row["selected_on"] for row in found.values() if row["selected_on"]))
+    selected_on = list(dict.fromkeys(row["selected_on"] for row in finished.values() if row["selected_on"]))
     without = [row.without_run if row.options is None else "not run" for row in table.rows]
     return Filled(table, by_row, without, words, seeds, selected_on)
 
 
-def _draw(table: Table, entries: Plan, title: str, file: Path, console: Console) -> None:
-    """The first seed of each row, side by side; points that are in the file already are drawn as they are."""
+def _draw(table: Table, entries: Plan, title: str, file: Path) -> None:
+    """Draws the first seed of each row, side by side; points that the file has already are not computed again."""
     runs_drawn = {row.label: of_row[0][0].run for row, of_row in zip(table.rows, entries, strict=True) if of_row[0]}
     known = pictures.read_points(file)
     panels = {}
     for label, run in runs_drawn.items():
         points = known.get(label, {})
-        if points.get("run") != run.key:
+        if points.get("run") != run.id:
             if runs.state(run) != "finished":
-                say(console, f"no picture: it needs the checkpoint of {run.label}")
+                _logger.info(f"no picture: it needs the checkpoint of {run.label}")
                 return
-            points = {"run": run.key, "seed": run.config.run.seed, **pictures.points_of(run.folder, run.data)}
+            points = {"run": run.id, "seed": run.config.run.seed, **pictures.points_of(run.folder, run.data)}
         panels[label] = points
     for written in pictures.write(panels, title, file):
-        say(console, f"written: {written}")
+        _logger.info(f"written: {written}")

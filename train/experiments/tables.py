@@ -1,7 +1,7 @@
-"""Each table of the paper, declared: its columns, its rows, the paper's numbers, and the options of our runs.
+"""The paper's tables, declared: columns, rows, the paper's numbers, and the options of our runs.
 
-The numbers are the paper's, as far as this project has them (docs/reproduction.md says how); none is invented: where it
-has none, None stands. The layout is ours.
+The numbers are the paper's, as far as this project has them (docs/reproduction.md says how). None is invented: None
+stands for a number that we don't have. The layout is ours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Paper = float | str | None
 
 
 class Metric(NamedTuple):
-    """How a figure of a run's row is shown."""
+    """How a figure in a run's row is shown."""
 
     title: str
     scale: float
@@ -37,22 +37,22 @@ METRICS = {
 
 
 class Column(NamedTuple):
-    """A data set as the table has it, and what is shown of the runs there."""
+    """A data set of the table, and the figure that is shown of the runs there."""
 
     options: Options
     metric: str = "balanced_accuracy"
 
 
 class Row(NamedTuple):
-    """A method: the options of its runs, the paper's numbers by column."""
+    """A method: the options of its runs, and the paper's numbers by column."""
 
     label: str
     options: Options | None  # None: we have no run of it
-    paper: tuple[Paper, ...] = ()  # (): not a row of the paper's
+    paper: tuple[Paper, ...] = ()  # (): the paper has no such row
     block: str = ""
     without_run: str = "not built"
     second_stage: str | None = None  # of train/second_stage.py, on the checkpoint of the run
-    features: str = ""  # "backbone_" or "head_": which of a run's cluster indices
+    features: str = ""  # "backbone_" or "head_": which of a run's cluster indices are shown
 
 
 class Table(NamedTuple):
@@ -77,7 +77,7 @@ NAMES = {
 ARCHITECTURES = {"resnet50": "ResNet-50", "resnext50": "ResNeXt-50"}
 
 LOSSES = {"LC": "logit_adjusted", "SCL": "scl", "BCL": "bcl", "SCL+RCL": "scl_rcl", "BCL+RCL": "bcl_rcl"}
-"""The five losses of the paper by its names."""
+"""The five losses of the paper, by its names for them."""
 
 AS_THE_PAPER = "as the paper sets them"
 EQUAL = "everything but the loss held equal: alpha 2, beta 1, tau 1.3, no compression"
@@ -91,12 +91,12 @@ _SELECTION = (
 
 
 def _without_compression(loss: str) -> Options:
-    """Only *_rcl compresses: elsewhere the option would part a run from its twin in another table."""
+    """Returns the option for no compression, where the loss has it; elsewhere it would split a run shared by tables."""
     return {"compression": False} if loss.endswith("_rcl") else {}
 
 
 def _five(numbers: Mapping[str, tuple[Paper, ...]]) -> tuple[Row, ...]:
-    """The five losses with their recipes' values, then all with the same."""
+    """Returns rows of the five losses, first with their recipes' values, then all with equal ones."""
     paper = [Row(name, {"loss": loss}, numbers[name], AS_THE_PAPER) for name, loss in LOSSES.items()]
     equal = [
         Row(name, {"loss": loss, "alpha": 2.0, "beta": 1.0, "tau": 1.3, **_without_compression(loss)}, block=EQUAL)
@@ -253,7 +253,7 @@ TABLES = {table.name: table for table in (TABLE1, TABLE2, TABLE3, TABLE4, TABLE5
 
 
 def heading(column: Column) -> str:
-    """The data set as papers write it, and on a second line the metric."""
+    """Returns the data set as papers write it, and on a second line the metric."""
     options = column.options
     dataset: str = options["dataset"]
     name = NAMES.get(dataset, dataset)

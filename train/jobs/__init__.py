@@ -1,1 +1,1 @@
-"""What a command does, from its options to its results."""
+"""The work of the commands, from options to results."""

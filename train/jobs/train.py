@@ -1,165 +1,169 @@
-"""A run from its configuration to its results: data, network, epochs, test, report."""
+"""A run, from its configuration to its results: data, network, epochs, test, report."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
+import logging
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from rcl_fast.train import config
+from rcl_fast.train.config import check_shared
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.samples import BadImage
+from rcl_fast.train.errors import NonFiniteLoss, NotWritten, Preempted, UserError
 from rcl_fast.train.loaders import build
 from rcl_fast.train.loaders.base import Loader, StateMismatch
 from rcl_fast.train.loaders.device import DeviceLoader
 from rcl_fast.train.loop import cuda_graph, engine
-from rcl_fast.train.loop.evaluation import Evaluation, evaluate, some_of
-from rcl_fast.train.loop.loss_readback import NonFiniteLoss
+from rcl_fast.train.loop.evaluation import Evaluation, evaluate, random_mask
 from rcl_fast.train.loop.step import Step
 from rcl_fast.train.loop.training import Training, resume_training, start_training
 from rcl_fast.train.options import Config
 from rcl_fast.train.report import results
-from rcl_fast.train.rundir import checkpoints, restarts, status
+from rcl_fast.train.report.results import Outcome
+from rcl_fast.train.rundir import checkpoint_files, checkpoints, restarts, status
 from rcl_fast.train.rundir.logs import RunLog, SilentLog
 from rcl_fast.train.runtime import distributed, signals
 from rcl_fast.train.runtime.files import write_text
-from rcl_fast.train.runtime.machine import Machine, choose_machine
-from rcl_fast.train.runtime.signals import Preempted
+from rcl_fast.train.runtime.hardware import Runtime, choose_runtime
+
+_logger = logging.getLogger(__name__)
+
+ShouldStop = Callable[[], bool]
 
 
-def run(settings: Config) -> Path:
-    """Train, test the best and the last epoch, write metrics.json and report.html; returns the folder of results.
+def run(config: Config) -> Path:
+    """Trains, tests the best and the last epoch, writes metrics.json and report.html; returns the folder of results.
 
-    Under torchrun every process calls it, and the main one prints and writes.
+    Under torchrun every process calls it, and the main one writes and prints.
+
+    Raises:
+        UserError: what is wrong with options, data, checkpoints or disk; under torchrun with the process's number.
+        NonFiniteLoss: training diverged.
+        Preempted: a signal came, and mid_epoch.pt is written.
     """
-    machine = choose_machine(settings.run)
-    with distributed.joined(machine.device, settings.run.timeout_minutes), signals.listening() as stopping:
+    runtime = choose_runtime(config.run)
+    with (
+        distributed.init_process_group(runtime.device, config.run.timeout_minutes),
+        signals.handle_signals() as should_stop,
+        _main_alone_informs(),
+    ):
         try:
-            return _run(distributed.from_main(settings), machine, stopping)
-        except SystemExit as error:
-            if distributed.world() > 1 and isinstance(error.code, str):
-                raise SystemExit(f"process {distributed.rank()} of {distributed.world()}: {error.code}") from error
+            return _run(distributed.broadcast_object(config), runtime, should_stop)
+        except UserError as error:
+            if distributed.world_size() > 1 and str(error):
+                error.args = (f"process {distributed.rank()} of {distributed.world_size()}: {error}",)
             raise
 
 
-def _run(settings: Config, machine: Machine, stopping: Callable[[], bool]) -> Path:
-    config.check_shared(settings, distributed.world())
-    console = Console(soft_wrap=True, quiet=not distributed.is_main())
-    say = partial(console.print, highlight=False, markup=False)
-    splits = build.load(settings, say)
-    settings = distributed.from_main(build.with_loader(settings, splits, machine, say))
-    if settings.run.cuda_graph:
-        cuda_graph.check(settings, machine)
-    training = start_training(settings, splits, machine)
-    say_anywhere = partial(Console(soft_wrap=True).print, highlight=False, markup=False)  # each finds its bad images
-    training_loader = build.training_loader(settings, splits, machine, say_anywhere)
-    step: Step | None = None
-    if settings.run.cuda_graph:
-        assert isinstance(training_loader, DeviceLoader)  # checked above
-        step = cuda_graph.WholeStep(training_loader)
-        training_loader = step.order
-    loaders = training_loader, build.evaluation_loader(settings, splits.validation, machine, say_anywhere)
-    if settings.run.resume is not None:
-        _resume(training, training_loader, settings.run.resume, say)
-    folder = distributed.on_main(lambda: _prepare_folder(settings))
-    _introduce(console, settings, splits, training, folder)
+@contextmanager
+def _main_alone_informs() -> Iterator[None]:
+    """Has every process but the main one log only warnings: each would repeat the rest."""
+    logger = logging.getLogger("rcl_fast")
+    before = logger.level
+    if not distributed.is_main():
+        logger.setLevel(logging.WARNING)
     try:
-        interrupted = _train(settings, training, loaders, folder, console, stopping, step)
-        test = build.evaluation_loader(settings, splits.test, machine, say_anywhere)
-        best, last = _tested(splits, training, test, folder, stopping)
-        figures = results.figures(settings, splits, training, best, last, interrupted)
-        if distributed.is_main():
-            with checkpoints.writing(folder):
-                results.write(settings, splits, training, folder, figures, best)
-                status.write(folder, "interrupted" if interrupted else "finished")
-    except Preempted:
-        with checkpoints.writing(folder):
-            status.write(folder, "preempted")
-        say(f"stopped by a signal, and saved: go on with --resume {folder}")
-        raise SystemExit(os.EX_TEMPFAIL) from None
-    except KeyboardInterrupt:
-        status.write_if_possible(folder, "interrupted")
-        raise SystemExit(f"left without a report; --resume {folder} makes it") from None
-    except BadImage as error:
-        status.write_if_possible(folder, "failed")
-        raise SystemExit(f"{error}\nTraining is done: mend this, then --resume {folder} tests and reports") from error
-    except BaseException:
-        status.write_if_possible(folder, "failed")
-        raise
-    results.show(console, figures)
-    say(f"report: {folder / results.REPORT}")
-    return folder
+        yield
+    finally:
+        logger.setLevel(before)
 
 
-def _resume(training: Training, training_loader: Loader, folder: Path, say: build.Say) -> None:
-    """Go on from the newest checkpoint in the folder, which is written to only where all is well."""
-    found = distributed.on_main(lambda: checkpoints.newest(folder))
+def _run(config: Config, runtime: Runtime, should_stop: ShouldStop) -> Path:
+    job = _prepare(config, runtime)
+    with _noting_how_it_ends(job.folder):
+        interrupted = _train(job, should_stop)
+        best, last = _test(job, should_stop)
+        figures = _report(job, best, last, interrupted)
+    if distributed.is_main():
+        results.show(figures)
+    _logger.info(f"report: {job.folder / results.REPORT}")
+    return job.folder
+
+
+class _Job(NamedTuple):
+    """A run that is ready to train."""
+
+    config: Config
+    splits: Splits
+    training: Training
+    training_loader: Loader
+    validation_loader: Loader
+    step: Step | None  # None: train_step
+    folder: Path
+
+
+def _prepare(config: Config, runtime: Runtime) -> _Job:
+    """Loads data and network, resumes, and makes the folder of results. Nothing is written there before."""
+    check_shared(config, distributed.world_size())
+    splits = build.load(config)
+    config = distributed.broadcast_object(build.with_loader(config, splits, runtime))
+    if config.run.cuda_graph:
+        cuda_graph.check(config, runtime)
+    training = start_training(config, splits, runtime)
+    training_loader, step = _loader_and_step(config, splits, runtime)
+    validation_loader = build.evaluation_loader(config, splits.validation, runtime)
+    if config.run.resume is not None:
+        _resume(training, training_loader, config.run.resume)
+    folder = distributed.run_on_main(lambda: _prepare_folder(config))
+    job = _Job(config, splits, training, training_loader, validation_loader, step, folder)
+    _introduce(job)
+    return job
+
+
+def _loader_and_step(config: Config, splits: Splits, runtime: Runtime) -> tuple[Loader, Step | None]:
+    loader = build.training_loader(config, splits, runtime)
+    if not config.run.cuda_graph:
+        return loader, None
+    assert isinstance(loader, DeviceLoader)  # cuda_graph.check has checked it
+    step = cuda_graph.GraphedStep(loader)
+    return step.loader, step
+
+
+def _resume(training: Training, training_loader: Loader, folder: Path) -> None:
+    """Loads the newest checkpoint in the folder. Nothing is written to the folder unless all checks pass."""
+    newest = distributed.run_on_main(lambda: checkpoints.newest(folder))
     try:
-        resume_training(training, training_loader, found.state)
+        resume_training(training, training_loader, newest.state)
     except StateMismatch as error:
-        raise SystemExit(
+        raise UserError(
             f"--resume {folder}: {error}. A run goes on with as many processes, and the loader, images and versions "
             "that it began with; nothing was written"
         ) from error
-    for path, what in found.damaged.items():
-        say(f"{path} is damaged ({what}): going on from the one before, {found.path.name}")
-    distributed.on_main(lambda: checkpoints.set_aside(found.damaged))
+    for path, what in newest.damaged.items():
+        _logger.info(f"{path} is damaged ({what}): going on from the one before, {newest.path.name}")
+    distributed.run_on_main(lambda: checkpoints.set_aside(newest.damaged))
 
 
-def _train(
-    settings: Config,
-    training: Training,
-    loaders: tuple[Loader, Loader],
-    folder: Path,
-    console: Console,
-    stopping: Callable[[], bool],
-    step: Step | None,
-) -> bool:
-    """Train to the end; whether Ctrl-C came before it."""
-    epochs = settings.optimization.epochs
-    main = distributed.is_main()
-    with RunLog(folder, epochs, training.epoch, console) if main else nullcontext(SilentLog()) as log:
-        try:
-            engine.fit(training, *loaders, folder, log, stopping, step)
-        except KeyboardInterrupt:
-            training.load_state_dict(checkpoints.last_epoch(folder).state)
-            log.say(f"interrupted; writing the report of {training.epoch} epochs (Ctrl-C again leaves without it)")
-            return True
-        except (NonFiniteLoss, BadImage) as error:
-            raise SystemExit(f"{error}\nThe last good checkpoint is {folder / checkpoints.LAST}") from error
-    return False
-
-
-def _prepare_folder(settings: Config) -> Path:
-    """Make the folder of the results and write the resolved configuration there; never write over another run."""
-    folder = settings.run.output
-    if folder is not None and checkpoints.exist(folder) and settings.run.resume is None:
-        raise SystemExit(f"--output {folder} already holds a run: go on with --resume {folder}, or name another folder")
+def _prepare_folder(config: Config) -> Path:
+    """Makes the folder of results and writes the resolved configuration there; never overwrites another run."""
+    folder = config.run.output
+    if folder is not None and checkpoint_files.exist(folder) and config.run.resume is None:
+        raise UserError(f"--output {folder} already holds a run: go on with --resume {folder}, or name another folder")
     try:
         if folder is None:
-            folder = _new_folder(settings)
+            folder = _new_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.clear_unfinished(folder)
-        write_text(folder / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         status.write(folder, "running")
         restarts.remember(folder)
     except OSError as error:
-        raise SystemExit(f"the results can't be written ({error}); choose another folder with --output") from error
+        raise NotWritten(f"the results can't be written ({error}); choose another folder with --output") from error
     return folder
 
 
-def _new_folder(settings: Config) -> Path:
-    """runs/DATASET-LOSS-ARCH-TIME, with a number where another run of this second has it."""
-    name = f"{settings.data.dataset}-{settings.loss.loss}-{settings.model.arch}".replace("/", "-")
+def _new_folder(config: Config) -> Path:
+    """Makes runs/DATASET-LOSS-ARCH-TIME, with a number added where another run of the same second has that name."""
+    name = f"{config.data.dataset}-{config.loss.loss}-{config.model.arch}".replace("/", "-")
     base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
@@ -171,22 +175,20 @@ def _new_folder(settings: Config) -> Path:
     raise AssertionError("unreachable")
 
 
-def _introduce(console: Console, settings: Config, splits: Splits, training: Training, folder: Path) -> None:
-    counts = splits.class_counts
-    device = training.machine.device
+def _introduce(job: _Job) -> None:
+    config, splits, training = job.config, job.splits, job.training
+    counts, device = splits.class_counts, training.runtime.device
     network = results.parameters(training.model.backbone, training.model.classifier)
-    together = f"{distributed.world()} processes, each with " if distributed.world() > 1 else ""
+    together = f"{distributed.world_size()} processes, each with " if distributed.world_size() > 1 else ""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    console.print(
-        f"{settings.data.dataset}: {len(splits.train):,} training images of {splits.num_classes} classes "
+    _logger.info(
+        f"{config.data.dataset}: {len(splits.train):,} training images of {splits.num_classes} classes "
         f"({counts.max():,} down to {counts.min():,} a class), {len(splits.validation):,} to validate on, "
         f"{len(splits.test):,} to test on; the best epoch is selected on {splits.selected_on}\n"
-        f"{settings.model.arch}: {network:,} parameters, "
-        f"{results.parameters(training.model):,} with the heads; {together}{where}, {training.machine.precision}; loss "
-        f"{settings.loss.loss}, {settings.optimization.epochs} epochs\n"
-        f"results in {folder}" + (f"; going on {_position(training)}" if settings.run.resume is not None else ""),
-        highlight=False,
-        markup=False,
+        f"{config.model.arch}: {network:,} parameters, "
+        f"{results.parameters(training.model):,} with the heads; {together}{where}, {training.runtime.precision}; loss "
+        f"{config.loss.loss}, {config.optimization.epochs} epochs\n"
+        f"results in {job.folder}" + (f"; going on {_position(training)}" if config.run.resume is not None else "")
     )
 
 
@@ -195,24 +197,93 @@ def _position(training: Training) -> str:
     return f"after epoch {training.epoch}{steps}"
 
 
-def _tested(
-    splits: Splits, training: Training, test: Loader, folder: Path, stopping: Callable[[], bool]
-) -> tuple[Evaluation, Evaluation]:
-    """The best and the last epoch's evaluation on the test set. Raises Preempted."""
-    tested = partial(_test_checkpoint, training, test, len(splits.test), stopping)
-    best = last = tested(lambda: checkpoints.last_epoch(folder).state["model"])
-    if 0 < training.best_epoch < training.epoch:
-        best = tested(lambda: checkpoints.load(folder / checkpoints.BEST)["model"])
+@contextmanager
+def _noting_how_it_ends(folder: Path) -> Iterator[None]:
+    """Writes status.json where the run ends before its report, and logs how to go on."""
+    try:
+        yield
+    except Preempted:
+        with checkpoints.writing(folder):
+            status.write(folder, "preempted")
+        _logger.info(f"stopped by a signal, and saved: go on with --resume {folder}")
+        raise
+    except KeyboardInterrupt:
+        status.write_if_possible(folder, "interrupted")
+        raise UserError(f"left without a report; --resume {folder} makes it") from None
+    except NonFiniteLoss:
+        status.write_if_possible(folder, "diverged")
+        raise
+    except BadImage as error:
+        status.write_if_possible(folder, "failed")
+        raise UserError(f"{error}\nTraining is done: mend this, then --resume {folder} tests and reports") from error
+    except BaseException:
+        status.write_if_possible(folder, "failed")
+        raise
+
+
+def _train(job: _Job, should_stop: ShouldStop) -> bool:
+    """Trains to the end; returns whether Ctrl-C came before that."""
+    training, folder = job.training, job.folder
+    log = RunLog(folder, job.config.optimization.epochs, training.epoch) if distributed.is_main() else SilentLog()
+    with log if isinstance(log, RunLog) else nullcontext():
+        try:
+            engine.fit(training, job.training_loader, job.validation_loader, folder, log, should_stop, job.step)
+        except KeyboardInterrupt:
+            training.load_state_dict(checkpoints.last_epoch(folder).state)
+            _logger.info(f"interrupted; writing the report of {training.epoch} epochs (Ctrl-C again leaves without it)")
+            return True
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(_last_good(error, folder)) from error
+        except BadImage as error:
+            raise UserError(_last_good(error, folder)) from error
+    return False
+
+
+def _last_good(error: Exception, folder: Path) -> str:
+    return f"{error}\nThe last good checkpoint is {folder / checkpoints.LAST}"
+
+
+def _test(job: _Job, should_stop: ShouldStop) -> tuple[Evaluation, Evaluation]:
+    """Evaluates the best and the last epoch on the test set. Raises Preempted."""
+    test_loader = build.evaluation_loader(job.config, job.splits.test, job.training.runtime)
+    test = partial(_test_checkpoint, job, test_loader, should_stop)
+    best = last = test(lambda: checkpoints.last_epoch(job.folder).state["model"])
+    if 0 < job.training.best_epoch < job.training.epoch:
+        best = test(lambda: checkpoints.load(job.folder / checkpoints.BEST)["model"])
     return best, last
 
 
 def _test_checkpoint(
-    training: Training,
-    test: Loader,
-    count: int,
-    stopping: Callable[[], bool],
-    weights: Callable[[], dict[str, Tensor]],
+    job: _Job, test_loader: Loader, should_stop: ShouldStop, weights: Callable[[], dict[str, Tensor]]
 ) -> Evaluation:
-    training.model.load_state_dict(distributed.on_main(weights))
-    classes = len(training.class_counts)
-    return evaluate(training.model, test, classes, training.machine, pictured=some_of(count), stopping=stopping)
+    training = job.training
+    training.model.load_state_dict(distributed.run_on_main(weights))
+    return evaluate(
+        training.model,
+        test_loader,
+        job.splits.num_classes,
+        training.runtime,
+        keep_features=random_mask(len(job.splits.test)),
+        should_stop=should_stop,
+    )
+
+
+def _report(job: _Job, best: Evaluation, last: Evaluation, interrupted: bool) -> dict[str, Any]:
+    """Writes the results and the run's final status; returns the content of metrics.json."""
+    training = job.training
+    outcome = Outcome(
+        job.config,
+        job.splits,
+        training.runtime,
+        training.model,
+        best_epoch=training.best_epoch,
+        last_epoch=training.epoch,
+        history=training.history,
+        notes=training.notes,
+    )
+    figures = results.figures(outcome, best, last, interrupted)
+    if distributed.is_main():
+        with checkpoints.writing(job.folder):
+            results.write(outcome, job.folder, figures, best)
+            status.write(job.folder, "interrupted" if interrupted else "finished")
+    return figures

@@ -1,4 +1,4 @@
-"""Every image of a data set decoded once: the bad ones named, a manifest of all written."""
+"""Verifying a data set: every image is decoded once, the bad ones are named, and a manifest of all is written."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from rich.console import Console
+import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +20,7 @@ from rich.text import Text
 from rcl_fast.metrics import FEW_BELOW, MANY_ABOVE
 from rcl_fast.train.data.datasets import load_splits
 from rcl_fast.train.data.folder import image_folder
-from rcl_fast.train.data.lists import LISTS, listed
+from rcl_fast.train.data.lists import LISTS, load_lists
 from rcl_fast.train.data.manifest import (
     Changes,
     Entry,
@@ -31,111 +30,101 @@ from rcl_fast.train.data.manifest import (
     relative,
     write_manifest,
 )
-from rcl_fast.train.data.samples import Published, Samples, describe
-from rcl_fast.train.data.scan import CHUNK, examined
-from rcl_fast.train.options import Dataset
+from rcl_fast.train.data.samples import RawDataset, Samples, describe
+from rcl_fast.train.data.scan import CHUNK, scan
+from rcl_fast.train.errors import NotFound, NotWritten, UserError, refuse
+from rcl_fast.train.options import VerifyOptions
 from rcl_fast.train.runtime.threads import usable_cpus
 
-SHOWN = 5  # files or classes that are named of each kind
-CLASSES_SHOWN = 20  # a data set of more classes is summed up
+SHOWN = 5  # how many files or classes of each kind are named
+CLASSES_SHOWN = 20  # a data set of more classes gets a summary
 
 
-@dataclass(frozen=True)
-class Options:
-    """The images to verify."""
-
-    dataset: Dataset
-    """Data set, as for train/run.py. "folder" is your own images: DATA/train/CLASS/*, DATA/test/CLASS/*."""
-    data: Path | None = None
-    """Folder that holds the data set."""
-    manifest: Path | None = None
-    """File to write; None: DATA/rcl_fast_manifest.jsonl. Name one elsewhere where DATA is read-only."""
-    workers: int = usable_cpus()
-    """Processes that decode; 0: none but the main one."""
-
-
-def verify(options: Options, console: Console) -> int:
-    """Verify, write the manifest, print what was found; returns the exit status. Raises SystemExit if it cannot."""
+def verify(options: VerifyOptions) -> int:
+    """Verifies, writes the manifest, prints the results; returns the exit status. Raises UserError if it can't."""
+    refuse({f"--workers must be 0 or more, got {options.workers}": options.workers is not None and options.workers < 0})
     if options.dataset in (*LISTS, "folder"):
-        return _verify_files(options, console)
-    splits = _load(console, partial(load_splits, options.dataset, options.data))
+        return _verify_files(options)
+    splits = _load(partial(load_splits, options.dataset, options.data))
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     entries = [Entry("", part, int(label)) for part, samples in parts.items() for label in samples.labels]
-    _show_splits(console, entries, {})
-    _show_classes(console, entries, splits.class_names)
+    _show_splits(entries, {})
+    _show_classes(entries, splits.class_names)
     _say(
-        console,
         f"This is {options.dataset} as a run has it by default; the best epoch is selected on {splits.selected_on}.\n"
         "It is read into memory, which has just checked every image: it needs no manifest.",
     )
     return 0
 
 
-class Listed(NamedTuple):
-    """One image of a published data set."""
+class ImageRef(NamedTuple):
+    """One image of a RawDataset."""
 
     split: str
     samples: Samples
     position: int
 
 
-def _verify_files(options: Options, console: Console) -> int:
-    published = _load(console, partial(_published, options.dataset, options.data))
-    data = options.data or Path()  # without a folder, there would be nothing published
+def _verify_files(options: VerifyOptions) -> int:
+    raw = _load(partial(_raw_dataset, options.dataset, options.data))
+    data = options.data or Path()  # without a folder, `_load` has raised
     file = options.manifest or default_file(data)
     _check_writable(file)
-    before = _load(console, partial(read_manifest, options.dataset, data, options.manifest)) if file.exists() else None
-    images = list(_listed(published))
+    before = _load(partial(read_manifest, options.dataset, data, options.manifest)) if file.exists() else None
+    images = list(_image_refs(raw))
     unseen = [
         Entry(relative(samples.images[position], data), split, int(samples.labels[position]))
         for split, samples, position in images
     ]
-    _say(console, f"{options.dataset}: {len(images):,} images to decode")
+    _say(f"{options.dataset}: {len(images):,} images to decode")
     try:
-        entries = list(_watched(examined(unseen, data, options.workers), len(unseen), console))
+        workers = usable_cpus() if options.workers is None else options.workers
+        entries = list(_watched(scan(unseen, data, workers), len(unseen)))
         since = changes(before, entries) if before else Changes([], [], [])
         _write(file, entries, keep_earlier=bool(since.changed))
     except KeyboardInterrupt:
-        raise SystemExit(f"interrupted: {f'{file} is as it was' if before else 'no manifest was written'}") from None
-    _show_splits(console, entries, LISTS[options.dataset].sizes if options.dataset in LISTS else {})
-    _show_classes(console, entries, published.class_names)
-    _show_formats(console, entries)
+        raise UserError(f"interrupted: {f'{file} is as it was' if before else 'no manifest was written'}") from None
+    _show_splits(entries, LISTS[options.dataset].sizes if options.dataset in LISTS else {})
+    _show_classes(entries, raw.class_names)
+    _show_formats(entries)
     if before:
-        _show_changes(console, since, _earlier(file))
-    _show_bad(console, [(image, entry.error) for image, entry in zip(images, entries, strict=True) if entry.error])
-    _say(console, f"manifest: {file}")
+        _show_changes(since, _earlier(file))
+    _show_bad([(image, entry.error) for image, entry in zip(images, entries, strict=True) if entry.error])
+    _say(f"manifest: {file}")
     return 1 if since.changed or any(entry.error for entry in entries) else 0
 
 
 T = TypeVar("T")
 
 
-def _load(console: Console, load: Callable[[], T]) -> T:
-    """What `load` returns; its warnings are printed, its errors end the program."""
+def _load(load: Callable[[], T]) -> T:
+    """Returns the result of `load` and prints its warnings; raises UserError for its errors."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             loaded = load()
+    except FileNotFoundError as error:
+        raise NotFound(str(error)) from error
     except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        raise UserError(str(error)) from error
     for warning in caught:
-        _say(console, f"note: {warning.message}")
+        _say(f"note: {warning.message}")
     return loaded
 
 
-def _published(dataset: str, data: Path | None) -> Published:
-    return image_folder(data) if dataset == "folder" else listed(dataset, data)
+def _raw_dataset(dataset: str, data: Path | None) -> RawDataset:
+    return image_folder(data) if dataset == "folder" else load_lists(dataset, data)
 
 
-def _listed(published: Published) -> Iterator[Listed]:
-    parts = {"train": published.train, "validation": published.validation, "test": published.test}
+def _image_refs(raw: RawDataset) -> Iterator[ImageRef]:
+    parts = {"train": raw.train, "validation": raw.validation, "test": raw.test}
     for split, samples in parts.items():
         if samples is not None:
-            yield from (Listed(split, samples, position) for position in range(len(samples)))
+            yield from (ImageRef(split, samples, position) for position in range(len(samples)))
 
 
 def _check_writable(file: Path) -> None:
-    """Raises SystemExit now, not after an hour of decoding."""
+    """Raises NotWritten where the file can't be written: now, and not after an hour of decoding."""
     try:
         if file.is_dir():
             raise IsADirectoryError("that is a folder")
@@ -154,8 +143,8 @@ def _write(file: Path, entries: Sequence[Entry], *, keep_earlier: bool) -> None:
         raise _not_written(file, error) from error
 
 
-def _not_written(file: Path, error: OSError) -> SystemExit:
-    return SystemExit(
+def _not_written(file: Path, error: OSError) -> NotWritten:
+    return NotWritten(
         f"the manifest can't be written to {file} ({error}): name a file elsewhere with --manifest PATH, "
         "and give train/run.py the same"
     )
@@ -165,10 +154,10 @@ def _earlier(file: Path) -> Path:
     return file.with_name(file.name + ".earlier")
 
 
-def _watched(entries: Iterable[Entry], total: int, console: Console) -> Iterator[Entry]:
-    """The same entries, with a progress bar while they come."""
+def _watched(entries: Iterable[Entry], total: int) -> Iterator[Entry]:
+    """Gives the same entries, and shows a progress bar meanwhile."""
     columns = (BarColumn(), TextColumn("{task.fields[status]}"), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=rich.get_console(), transient=True) as progress:
         task = progress.add_task("", total=total, status="starting")
         bad = 0
         for done, entry in enumerate(entries, start=1):
@@ -180,22 +169,22 @@ def _watched(entries: Iterable[Entry], total: int, console: Console) -> Iterator
             yield entry
 
 
-def _show_splits(console: Console, entries: Sequence[Entry], published: dict[str, int]) -> None:
-    found = Counter(entry.split for entry in entries)
+def _show_splits(entries: Sequence[Entry], published: dict[str, int]) -> None:
+    counts = Counter(entry.split for entry in entries)
     bad = Counter(entry.split for entry in entries if entry.error)
     table = _table("", "images", *["published"] * bool(published), "bad")
-    for split, count in found.items():
+    for split, count in counts.items():
         sizes = [f"{published[split]:,}"] if published else []
         table.add_row(split, f"{count:,}", *sizes, f"{bad[split]:,}")
-    console.print(table)
+    _print(table)
 
 
-def _show_classes(console: Console, entries: Sequence[Entry], names: Sequence[str]) -> None:
-    """Images of each class that decode, or a summary where the classes are many."""
+def _show_classes(entries: Sequence[Entry], names: Sequence[str]) -> None:
+    """Prints how many images of each class decode, or a summary where the classes are many."""
     labels: dict[str, list[int]] = defaultdict(list)
     for entry in entries:
         labels[entry.split] += [] if entry.error else [entry.label]
-    counts = {split: np.bincount(np.array(found, np.int64), minlength=len(names)) for split, found in labels.items()}
+    counts = {split: np.bincount(np.array(own, np.int64), minlength=len(names)) for split, own in labels.items()}
     train = counts["train"]
     if len(names) <= CLASSES_SHOWN:
         table = _table("class", *counts)
@@ -209,40 +198,38 @@ def _show_classes(console: Console, entries: Sequence[Entry], names: Sequence[st
             f"few (< {FEW_BELOW})": train < FEW_BELOW,
         }.items():
             table.add_row(group, f"{of_group.sum():,}", f"{train[of_group].sum():,}")
-    console.print(table)
+    _print(table)
     largest, smallest = int(train.argmax()), int(train.argmin())
     _say(
-        console,
         f"{len(names):,} classes; training images that decode: "
         f"{train[largest]:,} ({names[largest]}) down to {train[smallest]:,} ({names[smallest]})",
     )
     for split, of_split in counts.items():
         empty = [name for name, count in zip(names, of_split, strict=True) if count == 0]
         if empty:
-            _say(console, f"{split} has no image that decodes of {_some(empty)}")
+            _say(f"{split} has no image that decodes of {_some(empty)}")
 
 
-def _show_formats(console: Console, entries: Sequence[Entry]) -> None:
-    """As what Pillow opens them; a rare one may be there by mistake."""
-    found = Counter(f"{entry.format} {entry.mode}" for entry in entries if not entry.error)
-    _say(console, "formats: " + ", ".join(f"{what} {count:,}" for what, count in found.most_common()))
+def _show_formats(entries: Sequence[Entry]) -> None:
+    """Prints the formats of the files by Pillow's names; a rare one may be there by mistake."""
+    formats = Counter(f"{entry.format} {entry.mode}" for entry in entries if not entry.error)
+    _say("formats: " + ", ".join(f"{what} {count:,}" for what, count in formats.most_common()))
 
 
-def _show_changes(console: Console, since: Changes, earlier: Path) -> None:
+def _show_changes(since: Changes, earlier: Path) -> None:
     _say(
-        console,
         "since the earlier manifest: " + ", ".join(f"{len(paths):,} {what}" for what, paths in since._asdict().items()),
     )
     for what, paths in since._asdict().items():
         if paths:
-            _say(console, f"  {what}: {_some(paths)}")
+            _say(f"  {what}: {_some(paths)}")
     if since.changed:
-        _say(console, f"  the earlier manifest is kept as {earlier}")
+        _say(f"  the earlier manifest is kept as {earlier}")
 
 
-def _show_bad(console: Console, bad: Sequence[tuple[Listed, str]]) -> None:
+def _show_bad(bad: Sequence[tuple[ImageRef, str]]) -> None:
     if not bad:
-        _say(console, "every image decodes")
+        _say("every image decodes")
         return
     kinds: dict[str, list[str]] = defaultdict(list)
     for (_, samples, position), error in bad:
@@ -250,13 +237,12 @@ def _show_bad(console: Console, bad: Sequence[tuple[Listed, str]]) -> None:
     table = _table("bad files", "files")
     for kind, lines in kinds.items():
         table.add_row(kind, f"{len(lines):,}")
-    console.print(table)
+    _print(table)
     for kind, lines in kinds.items():
         _say(
-            console,
             "\n  ".join([kind, *lines[:SHOWN]]) + (f"\n  and {len(lines) - SHOWN:,} more" * (len(lines) > SHOWN)),
         )
-    _say(console, "mend them and verify again, or train without them: train/run.py --on-bad-image skip")
+    _say("mend them and verify again, or train without them: train/run.py --on-bad-image skip")
 
 
 _KINDS = {
@@ -286,6 +272,10 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _say(console: Console, text: str) -> None:
-    """Print what may name files: no markup is read in it, and names that are no UTF-8 don't stop it."""
-    console.print(text.encode(errors="replace").decode(), markup=False, highlight=False)
+def _say(text: str) -> None:
+    """Prints text that may hold file names: without markup, and even where a name is not UTF-8."""
+    rich.get_console().print(text.encode(errors="replace").decode(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(table: Table) -> None:
+    rich.get_console().print(table, soft_wrap=True)

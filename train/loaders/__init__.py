@@ -1,1 +1,1 @@
-"""From a data set and views to batches on a device: torchvision, DALI, whole batches on the device, noise."""
+"""From a data set and views to batches on a device: by torchvision, by DALI, on the device itself, or as noise."""

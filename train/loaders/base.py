@@ -1,4 +1,4 @@
-"""What a loader is: this rank's batches of views, from any step of any epoch on, and a position that can be saved."""
+"""What a loader is: it gives this rank's batches of views, from any step of any epoch on. Its state can be saved."""
 
 from __future__ import annotations
 
@@ -17,52 +17,60 @@ from rcl_fast.train.data.samples import BadImage, Samples
 from rcl_fast.train.loaders.sampler import class_balanced_batches, evaluation_batches, training_batches
 from rcl_fast.train.options import ViewKind, ViewOptions
 
-Batch = dict[str, Tensor]
-"""`x1` (and `x2`, `x3`) [b, 3, S, S], normalised, on the loader's device; `label` and `index` (positions in the
-samples) int64 [b], on the CPU."""
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The b images of one step."""
+
+    views: tuple[Tensor, ...]
+    """x1, or x1, x2, x3: [b, 3, S, S] each, normalised, on the loader's device."""
+    labels: Tensor
+    """int64 [b], on the CPU."""
+    indices: Tensor
+    """int64 [b], indices into the samples, on the CPU."""
 
 
 def raise_it(error: BadImage) -> None:
-    """What to do with a bad image, unless the reading says otherwise."""
+    """Raises the error, as a loader does with a bad image unless its spec says otherwise."""
     raise error
 
 
 class StateMismatch(ValueError):
-    """A saved position is one in other batches; the message says what differs."""
+    """A saved loader state that goes on with other batches; the message says what differs."""
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class LoaderSpec:
     """What a loader reads: which samples, in which order, and as which views."""
 
     samples: Samples
     kinds: tuple[ViewKind, ...]
-    """Of x1, x2, ...; empty: x1 is the one view of evaluation, which nothing random is in."""
+    """The kinds of x1, x2, ...; empty: x1 alone, the view for evaluation, in which nothing is random."""
     options: ViewOptions
     seed: int
     batches: Callable[[int], list[NDArray[np.int64]]]
-    """Epoch -> this rank's indices into the samples, step by step; as many steps in every epoch."""
+    """Epoch -> this rank's indices into the samples, step by step; every epoch has as many steps."""
     batch_size: int
-    """Of all ranks together."""
-    world: int
+    """Images of all ranks together."""
+    world_size: int
     drop_last: bool = False
     on_bad: Callable[[BadImage], None] = raise_it
-    """Called for an image that can't be read; where it returns, the batch goes on without that image."""
+    """What is called with the error of an unreadable image; where it returns, the batch goes on without that image."""
 
 
 class Loader(Protocol):
-    """Gives this rank's batches, epoch after epoch."""
+    """A source of this rank's batches, epoch after epoch."""
 
     steps_per_epoch: int
-    identity: dict[str, str]
-    """What the batches depend on, by the name that a person knows it by."""
+    fingerprint: dict[str, str]
+    """What the batches depend on, by names for people."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of that epoch from step `start` on, whatever was asked for before."""
+        """Gives the batches of an epoch from step `start` on, whatever was asked for before."""
         ...
 
 
-def training_reading(
+def training_spec(
     samples: Samples,
     kinds: tuple[ViewKind, ...],
     options: ViewOptions,
@@ -70,20 +78,19 @@ def training_reading(
     seed: int,
     batch_size: int,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     drop_last: bool = True,
     on_bad: Callable[[BadImage], None] = raise_it,
-) -> Reading:
-    """Shuffled batches, anew in each epoch. Raises ValueError where `training_batches` does."""
-    batches = partial(
-        training_batches, len(samples), seed=seed, batch_size=batch_size, rank=rank, world=world, drop_last=drop_last
-    )
-    return Reading(
-        samples, kinds, options, seed, lambda epoch: batches(epoch=epoch), batch_size, world, drop_last, on_bad
+) -> LoaderSpec:
+    """Returns the spec of batches shuffled anew in each epoch; its `batches` raises as `training_batches`."""
+    share = {"rank": rank, "world_size": world_size}
+    batches = partial(training_batches, len(samples), seed=seed, batch_size=batch_size, drop_last=drop_last, **share)
+    return LoaderSpec(
+        samples, kinds, options, seed, lambda epoch: batches(epoch=epoch), batch_size, world_size, drop_last, on_bad
     )
 
 
-def balanced_reading(
+def balanced_spec(
     samples: Samples,
     kinds: tuple[ViewKind, ...],
     options: ViewOptions,
@@ -91,52 +98,52 @@ def balanced_reading(
     seed: int,
     batch_size: int,
     on_bad: Callable[[BadImage], None] = raise_it,
-) -> Reading:
-    """Each class equally often in an epoch, for one process."""
+) -> LoaderSpec:
+    """Returns the spec, for one process, of batches that have each class equally often in an epoch."""
     batches = partial(class_balanced_batches, samples.labels, seed=seed, batch_size=batch_size)
-    return Reading(
+    return LoaderSpec(
         samples, kinds, options, seed, lambda epoch: batches(epoch=epoch), batch_size, 1, drop_last=True, on_bad=on_bad
     )
 
 
-def evaluation_reading(
+def evaluation_spec(
     samples: Samples,
     options: ViewOptions,
     *,
     batch_size: int,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     on_bad: Callable[[BadImage], None] = raise_it,
-) -> Reading:
-    """Each sample once over all ranks, in order, the same in every epoch."""
-    mine = evaluation_batches(len(samples), batch_size=batch_size, rank=rank, world=world)
-    return Reading(samples, (), options, 0, lambda epoch: mine, batch_size, world, on_bad=on_bad)
+) -> LoaderSpec:
+    """Returns the spec of batches that have each sample once over all ranks, in the same order in every epoch."""
+    mine = evaluation_batches(len(samples), batch_size=batch_size, rank=rank, world_size=world_size)
+    return LoaderSpec(samples, (), options, 0, lambda epoch: mine, batch_size, world_size, on_bad=on_bad)
 
 
-def identity(reading: Reading, pipeline: str) -> dict[str, str]:
-    """A loader's identity; `pipeline` names what makes its pixels."""
+def fingerprint(spec: LoaderSpec, pipeline: str) -> dict[str, str]:
+    """Returns a loader's fingerprint; `pipeline` names what makes its pixels."""
     return {
         "loader": pipeline,
-        "images and labels": f"{len(reading.samples):,}, sha256 {_digest(reading.samples)}",
-        "views": f"{', '.join(reading.kinds)} of {reading.options}",
-        "seed": str(reading.seed),
-        "batch size": str(reading.batch_size),
-        "processes": str(reading.world),
-        "last partial batch": "dropped" if reading.drop_last else "kept",
+        "images and labels": f"{len(spec.samples):,}, sha256 {_digest(spec.samples)}",
+        "views": f"{', '.join(spec.kinds)} of {spec.options}",
+        "seed": str(spec.seed),
+        "batch size": str(spec.batch_size),
+        "processes": str(spec.world_size),
+        "last partial batch": "dropped" if spec.drop_last else "kept",
     }
 
 
-def state(loader: Loader, epoch: int, step: int) -> dict[str, Any]:
-    """The position before step `step` of an epoch, as plain values for a checkpoint."""
-    return {"epoch": epoch, "step": step, "identity": loader.identity}
+def loader_state(loader: Loader, epoch: int, step: int) -> dict[str, Any]:
+    """Returns the loader state before a step of an epoch, as plain values for a checkpoint."""
+    return {"epoch": epoch, "step": step, "identity": loader.fingerprint}  # the fingerprint's name in checkpoints
 
 
-def position(loader: Loader, saved: dict[str, Any]) -> tuple[int, int]:
-    """(epoch, step) of a saved state; raises StateMismatch where this loader would go on with other batches."""
+def read_loader_state(loader: Loader, saved: dict[str, Any]) -> tuple[int, int]:
+    """Returns (epoch, step) of a loader state; raises StateMismatch where this loader would give other batches."""
     before = saved["identity"]
     differing = [
         f"{name} (was {before.get(name)}, now {value})"
-        for name, value in loader.identity.items()
+        for name, value in loader.fingerprint.items()
         if before.get(name) != value
     ]
     if differing:
@@ -145,7 +152,10 @@ def position(loader: Loader, saved: dict[str, Any]) -> tuple[int, int]:
 
 
 def _digest(samples: Samples) -> str:
-    """Of the labels, and of the pixels or the files' names below their common folder, which may have moved."""
+    """Returns a hash of the labels, and of the pixels or the file names.
+
+    A name is the path below the files' common folder, as that folder may have moved.
+    """
     digest = hashlib.sha256(np.ascontiguousarray(samples.labels).tobytes())
     if isinstance(samples.images, np.ndarray):
         digest.update(np.ascontiguousarray(samples.images).data)

@@ -1,8 +1,9 @@
-"""The loaders of a run, from its configuration: which one "auto" is, and what each reads."""
+"""The loaders of a run, from its configuration: which one "auto" is, and the spec of each."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,30 +15,37 @@ import torch
 from rcl_fast.train.data.datasets import Splits, load_splits
 from rcl_fast.train.data.manifest import Manifest, check_readable, default_file, read_manifest, without_bad
 from rcl_fast.train.data.samples import BadImage, Samples
+from rcl_fast.train.errors import NotFound, UserError
 from rcl_fast.train.loaders.base import (
     Loader,
-    Reading,
-    balanced_reading,
-    evaluation_reading,
+    LoaderSpec,
+    balanced_spec,
+    evaluation_spec,
     raise_it,
-    training_reading,
+    training_spec,
 )
 from rcl_fast.train.loaders.device import DeviceLoader
 from rcl_fast.train.loaders.synthetic import SyntheticLoader
 from rcl_fast.train.loaders.torchvision import TorchvisionLoader
 from rcl_fast.train.options import Config, LoaderName, training_kinds
 from rcl_fast.train.runtime import distributed
-from rcl_fast.train.runtime.machine import Machine
-from rcl_fast.train.views.params import plan
+from rcl_fast.train.runtime.hardware import Runtime
+from rcl_fast.train.views.params import plan_view
 
-Say = Callable[[str], None]
+_logger = logging.getLogger(__name__)
 
-_EVALUATED_TOGETHER = 8  # training batches, of small images on a GPU: they keep nothing, and would not fill it
+# Training batches that are evaluated at once, of small images on a GPU: these keep nothing for a backward pass, and one
+# batch would not fill it.
+_EVALUATED_TOGETHER = 8
 
 
-def load(settings: Config, say: Say) -> Splits:
-    """The data set, without the bad images that are to be skipped; raises SystemExit with what is wrong with it."""
-    data = settings.data
+def load(config: Config) -> Splits:
+    """Returns the data set without the bad images that are to be skipped.
+
+    Raises:
+        NotFound, BadImage, UserError: what is wrong with the data set.
+    """
+    data = config.data
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -48,144 +56,142 @@ def load(settings: Config, say: Say) -> Splits:
                 imbalance_shape=data.imbalance_shape,
                 validation_fraction=data.validation_fraction,
                 validate_on=data.validate_on,
-                seed=settings.run.seed,
+                seed=config.run.seed,
             )
         for warning in caught:
-            say(f"note: {warning.message}")
+            _logger.info(f"note: {warning.message}")
         if isinstance(splits.train.images, list):
-            return _without_bad(settings, splits, say)
+            return _without_bad(config, splits)
         return splits
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFound(str(error)) from error
     except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        raise UserError(str(error)) from error
 
 
-def with_loader(settings: Config, splits: Splits, machine: Machine, say: Say) -> Config:
-    """The configuration with "auto" made a loader's name, so that a resumed run takes the same."""
-    if settings.data.loader != "auto":
-        return settings
-    name, note = choose(_training_reading(settings, splits, raise_it), machine.device)
+def with_loader(config: Config, splits: Splits, runtime: Runtime) -> Config:
+    """Returns the configuration with a loader's name in place of "auto", so that a resumed run has the same loader."""
+    if config.data.loader != "auto":
+        return config
+    name, note = choose(_training_spec(config, splits, raise_it), runtime.device)
     if note is not None:
-        say(f"note: {note}")
-    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, loader=name))
+        _logger.info(f"note: {note}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, loader=name))
 
 
-def training_loader(settings: Config, splits: Splits, machine: Machine, say: Say) -> Loader:
-    """Raises SystemExit where the loader of the configuration can't bring these images or views."""
-    reading = _training_reading(settings, splits, _on_bad(settings, say))
-    if settings.data.synthetic_data:
-        return SyntheticLoader(reading, machine.device)
-    loader = _build(settings, reading, machine)
-    compile_views(settings, loader, machine)
-    return loader
+def training_loader(config: Config, splits: Splits, runtime: Runtime) -> Loader:
+    """Returns the loader of training batches; raises UserError where it can't make batches of these images or views."""
+    spec = _training_spec(config, splits, _on_bad(config))
+    if config.data.synthetic_data:
+        return SyntheticLoader(spec, runtime.device)
+    return _build(config, spec, runtime, compile=config.run.compile and runtime.device.type == "cuda")
 
 
-def compile_views(settings: Config, loader: Loader, machine: Machine) -> None:
-    """With --compile, those that are made on a GPU."""
-    if settings.run.compile and machine.device.type == "cuda" and isinstance(loader, DeviceLoader):
-        loader.compile()
-
-
-def balanced_loader(settings: Config, splits: Splits, machine: Machine, say: Say) -> Loader:
-    """The classifier's view of the training images, each class equally often; raises SystemExit as training_loader."""
-    reading = balanced_reading(
+def balanced_loader(config: Config, splits: Splits, runtime: Runtime) -> Loader:
+    """Returns a loader of the training images, each class equally often, as view x1; raises as `training_loader`."""
+    spec = balanced_spec(
         splits.train,
-        training_kinds(settings.views, contrastive=False),
-        settings.views,
-        seed=settings.run.seed,
-        batch_size=settings.optimization.batch_size,
-        on_bad=_on_bad(settings, say),
+        training_kinds(config.views, contrastive=False),
+        config.views,
+        seed=config.run.seed,
+        batch_size=config.optimization.batch_size,
+        on_bad=_on_bad(config),
     )
-    return _build(settings, reading, machine)
+    return _build(config, spec, runtime)
 
 
-def evaluation_loader(settings: Config, samples: Samples, machine: Machine, say: Say) -> Loader:
-    """Raises SystemExit where the loader of the configuration can't bring these images."""
-    batch_size = settings.optimization.batch_size
-    if settings.data.loader == "device" and machine.device.type == "cuda":
+def evaluation_loader(config: Config, samples: Samples, runtime: Runtime) -> Loader:
+    """Returns a loader of this process's share of the samples, in order; raises as `training_loader`."""
+    batch_size = config.optimization.batch_size
+    if config.data.loader == "device" and runtime.device.type == "cuda":
         batch_size *= _EVALUATED_TOGETHER
-    on_bad = _on_bad(settings, say)
-    reading = evaluation_reading(
+    spec = evaluation_spec(
         samples,
-        settings.views,
+        config.views,
         batch_size=batch_size,
         rank=distributed.rank(),
-        world=distributed.world(),
-        on_bad=on_bad,
+        world_size=distributed.world_size(),
+        on_bad=_on_bad(config),
     )
-    return _build(settings, reading, machine)
+    return _build(config, spec, runtime)
 
 
-def _training_reading(settings: Config, splits: Splits, on_bad: Callable[[BadImage], None]) -> Reading:
-    return training_reading(
+def _training_spec(config: Config, splits: Splits, on_bad: Callable[[BadImage], None]) -> LoaderSpec:
+    return training_spec(
         splits.train,
-        training_kinds(settings.views, settings.contrastive),
-        settings.views,
-        seed=settings.run.seed,
-        batch_size=settings.optimization.batch_size,
+        training_kinds(config.views, config.contrastive),
+        config.views,
+        seed=config.run.seed,
+        batch_size=config.optimization.batch_size,
         rank=distributed.rank(),
-        world=distributed.world(),
+        world_size=distributed.world_size(),
         on_bad=on_bad,
     )
 
 
-def _build(settings: Config, reading: Reading, machine: Machine) -> Loader:
-    data = settings.data
+def _build(config: Config, spec: LoaderSpec, runtime: Runtime, *, compile: bool = False) -> Loader:
+    data = config.data
     try:
-        return make_loader(data.loader, reading, device=machine.device, workers=data.workers)
+        return make_loader(data.loader, spec, device=runtime.device, workers=data.workers, compile=compile)
     except (ValueError, ImportError) as error:
-        raise SystemExit(f"--loader {data.loader}: {error}") from error
+        raise UserError(f"--loader {data.loader}: {error}") from error
 
 
-def _without_bad(settings: Config, splits: Splits, say: Say) -> Splits:
-    """By the manifest: under "error" a known bad image ends the run before it starts, if a manifest is there."""
-    data = settings.data
-    assert data.data is not None  # images in files lie somewhere
+def _without_bad(config: Config, splits: Splits) -> Splits:
+    """Returns the data set without the images that the manifest knows as bad.
+
+    With --on-bad-image error it raises BadImage for one instead, if there is a manifest.
+    """
+    data = config.data
+    assert data.data is not None  # images in files have a folder
     names = ("train", "validation", "test")
     parts = {name: getattr(splits, name) for name in names}
     if data.on_bad_image == "error":
         if (data.manifest or default_file(data.data)).is_file():
-            manifest = _manifest(settings, data.data)
+            manifest = _manifest(config, data.data)
             for samples in parts.values():
                 check_readable(samples, manifest)
         return splits
-    manifest = _manifest(settings, data.data)
+    manifest = _manifest(config, data.data)
     for name, samples in parts.items():
         parts[name], left_out = without_bad(samples, manifest, splits.class_names)
         if left_out:
-            say(f"{name}: {len(left_out):,} bad images left out (all in {manifest.file}), first {left_out[0]}")
+            _logger.info(f"{name}: {len(left_out):,} bad images left out (all in {manifest.file}), first {left_out[0]}")
     return dataclasses.replace(splits, **parts)
 
 
-def _manifest(settings: Config, data: Path) -> Manifest:
-    return read_manifest(settings.data.dataset, data, settings.data.manifest)
+def _manifest(config: Config, data: Path) -> Manifest:
+    return read_manifest(config.data.dataset, data, config.data.manifest)
 
 
-def _on_bad(settings: Config, say: Say) -> Callable[[BadImage], None]:
-    """What becomes of an image that the manifest thought good: it ends the run, or is named once and left out."""
-    if settings.data.on_bad_image == "error":
+def _on_bad(config: Config) -> Callable[[BadImage], None]:
+    """Returns what is called for a bad image that the manifest does not know: it raises, or names the image once."""
+    if config.data.on_bad_image == "error":
         return raise_it
     named = set()
 
     def name_it(error: BadImage) -> None:
         if str(error) not in named:
             named.add(str(error))
-            say(f"left out: {error}")
+            _logger.warning(f"left out: {error}")  # each process names those in its own share
 
     return name_it
 
 
-def choose(reading: Reading, device: torch.device) -> tuple[LoaderName, str | None]:
-    """What "auto" is for these samples and views; a sentence where it is not the fastest there could be.
+def choose(spec: LoaderSpec, device: torch.device) -> tuple[LoaderName, str | None]:
+    """Returns the loader that "auto" stands for, and a sentence where there could be a faster one, else None.
 
-    Images in memory stay on the device. Files go through DALI for a GPU, through torchvision for a CPU, where it is the
-    faster of the two (docs/data.md).
+    Images in memory stay on the device. Files go through DALI for a GPU, and through torchvision for a CPU, where it is
+    the faster of the two (docs/data.md).
     """
-    for kind in reading.kinds:
+    for kind in spec.kinds:
         try:
-            plan(kind, reading.options)
+            plan_view(kind, spec.options)
         except ValueError as error:
             return "torchvision", f"--loader auto takes torchvision, which is slower: {error}"
-    if isinstance(reading.samples.images, np.ndarray):
+    if isinstance(spec.samples.images, np.ndarray):
         return "device", None
     if device.type == "cpu":
         return "torchvision", None
@@ -199,24 +205,32 @@ def choose(reading: Reading, device: torch.device) -> tuple[LoaderName, str | No
 
 
 def has_dali() -> bool:
-    """Whether DALI is installed."""
+    """Returns whether DALI is installed."""
     try:
         return find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # not even the package that holds it
+    except ModuleNotFoundError:  # not even the package `nvidia` is there
         return False
 
 
-def make_loader(name: LoaderName, reading: Reading, *, device: torch.device, workers: int) -> Loader:
-    """The loader of that name. `workers`: processes of torchvision, threads of DALI.
+def make_loader(
+    name: LoaderName, spec: LoaderSpec, *, device: torch.device, workers: int, compile: bool = False
+) -> Loader:
+    """Returns the loader of that name.
 
-    Raises ValueError where the loader does not do these samples or views, ImportError where DALI is missing.
+    Args:
+        workers: the processes of torchvision, the threads of DALI.
+        compile: whether torch.compile makes the views of the device loader.
+
+    Raises:
+        ValueError: the loader can't make batches of these samples or views.
+        ImportError: DALI is missing.
     """
     if name == "torchvision":
-        return TorchvisionLoader(reading, workers=workers, pin_memory=device.type == "cuda")
+        return TorchvisionLoader(spec, workers=workers, pin_memory=device.type == "cuda")
     if name == "device":
-        return DeviceLoader(reading, device)
+        return DeviceLoader(spec, device, compile=compile)
     if name == "dali":
         from rcl_fast.train.loaders.dali import DaliLoader  # needs DALI, which is optional
 
-        return DaliLoader(reading, device=device, threads=max(workers, 1))
+        return DaliLoader(spec, device=device, threads=max(workers, 1))
     raise ValueError(f'there is no loader {name!r}: expected "dali", "torchvision" or "device"')

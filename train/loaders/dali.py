@@ -1,4 +1,4 @@
-"""Batches by NVIDIA's DALI, on a GPU or the CPU: images are read, decoded once and made into views in its pipeline."""
+"""Batches by NVIDIA's DALI, on a GPU or the CPU: its pipeline reads images, decodes them once and makes the views."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import RandomCrop
 
 from rcl_fast.train.data.samples import BadImage, Samples, describe, open_image
-from rcl_fast.train.loaders.base import Batch, Reading, identity
-from rcl_fast.train.views.params import draw, plan
+from rcl_fast.train.loaders.base import Batch, LoaderSpec, fingerprint
+from rcl_fast.train.views.params import plan_view, sample_params
 from rcl_fast.train.views.transforms import RequireSize
 
 try:
@@ -32,57 +32,57 @@ Indices = NDArray[np.int64]
 class DaliLoader:
     """A Loader of float32 views in channels_last memory, made on `device`.
 
-    The pipeline has no random state: what `params.draw` drew goes in with the images. So a view depends on (seed,
-    epoch, index, view) alone, and every position is as good to begin at as another.
+    The pipeline has no random state: the random parameters go in with the images. So a view depends on (seed, epoch,
+    index, view) alone, and an epoch can begin at any step.
     """
 
-    def __init__(self, reading: Reading, *, device: torch.device, threads: int) -> None:
-        """`threads`: of the CPU. Raises ValueError for views that only the torchvision loader makes."""
-        dali_graph.check(reading.kinds, reading.options)
-        self.steps_per_epoch = len(reading.batches(0))
-        self.identity = identity(reading, f"DALI 3, without Numba (nvidia-dali {nvidia.dali.__version__})")
-        self._reading = reading
-        self._labels = torch.from_numpy(reading.samples.labels)
+    def __init__(self, spec: LoaderSpec, *, device: torch.device, threads: int) -> None:
+        """Builds the pipeline, with `threads` CPU threads. Raises ValueError for views that only torchvision makes."""
+        dali_graph.check(spec.kinds, spec.options)
+        self.steps_per_epoch = len(spec.batches(0))
+        self.fingerprint = fingerprint(spec, f"DALI 3, without Numba (nvidia-dali {nvidia.dali.__version__})")
+        self._spec = spec
+        self._labels = torch.from_numpy(spec.samples.labels)
         self._device = device
         self._threads = threads
         self._bad: dict[int, BadImage] = {}
-        self._source = _Source(reading, self._bad)
+        self._source = _Source(spec, self._bad)
         self._pipeline = self._build()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._run_out()
-        batches = self._reading.batches(epoch)[start:]
+        batches = self._spec.batches(epoch)[start:]
         self._source.begin(epoch, batches)
         for step, indices in enumerate(batches):
             batch = self._batch(step)
             for index in indices.tolist():
                 if index in self._bad:
-                    self._reading.on_bad(self._bad[index])
-            if batch:
+                    self._spec.on_bad(self._bad[index])
+            if batch is not None:
                 yield batch
 
     def _build(self) -> Pipeline:
         return _views(
             self._source,
-            self._reading,
-            batch_size=-(-self._reading.batch_size // self._reading.world),
+            self._spec,
+            batch_size=-(-self._spec.batch_size // self._spec.world_size),
             num_threads=self._threads,
             device_id=_gpu(self._device),
         )
 
     def _run_out(self) -> None:
-        """Ends what an epoch that was broken off had begun."""
+        """Runs the pipeline to the end of an epoch that was broken off."""
         self._source.begin(0, [])
         try:
             while True:
                 self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
-        except RuntimeError:  # a bad image that nobody asks for any more
+        except RuntimeError:  # a bad image in a batch that is not needed any more
             self._pipeline = self._build()
 
-    def _batch(self, step: int) -> Batch:
-        """The good images of that step; empty where none is."""
+    def _batch(self, step: int) -> Batch | None:
+        """Returns the good images of a step; None where there is none."""
         stream = None if _gpu(self._device) is None else torch.cuda.current_stream(self._device)
         while self._source.good(step).size:
             try:
@@ -91,34 +91,35 @@ class DaliLoader:
                 self._recover(step, error)
             else:
                 return self._tensors(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
-        return {}
+        return None
 
     def _recover(self, step: int, error: RuntimeError) -> None:
-        """Goes back to that step without the bad files that the pipeline met, which ended it at the first of them."""
+        """Builds the pipeline anew, to go on from a step without the bad files, the first of which ended it."""
         met = np.concatenate(self._source.batches[step : self._source.given])
-        bad = _bad_files(self._reading.samples, met, _gpu(self._device))
+        bad = _bad_files(self._spec.samples, met, _gpu(self._device))
         if not bad:
             raise error
         self._bad |= bad
         self._source.given = step
         self._pipeline = self._build()
 
-    def _tensors(self, index: Tensor, shapes: Tensor, *views: Tensor) -> Batch:
-        batch = {f"x{number + 1}": view.permute(0, 3, 1, 2) for number, view in enumerate(views)}
-        batch |= {"label": self._labels[index], "index": index}
-        bad = _bad_sizes(self._reading, index, shapes)
+    def _tensors(self, index: Tensor, shapes: Tensor, *outputs: Tensor) -> Batch | None:
+        views = tuple(output.permute(0, 3, 1, 2) for output in outputs)
+        bad = _bad_sizes(self._spec, index, shapes)
         if not bad:
-            return batch
+            return Batch(views, self._labels[index], index)
         self._bad |= bad
         rows = torch.tensor([row for row, i in enumerate(index.tolist()) if i not in bad], dtype=torch.int64)
-        return {name: value[rows.to(value.device)] for name, value in batch.items()} if len(rows) else {}
+        if not len(rows):
+            return None
+        return Batch(tuple(view[rows.to(view.device)] for view in views), self._labels[index][rows], index[rows])
 
 
 class _Source:
-    """Gives the pipeline a batch whenever it asks for the next: images, indices, and what was drawn for the views."""
+    """What the pipeline asks for each next batch: images, indices, and the random parameters of the views."""
 
-    def __init__(self, reading: Reading, bad: dict[int, BadImage]) -> None:
-        self._reading = reading
+    def __init__(self, spec: LoaderSpec, bad: dict[int, BadImage]) -> None:
+        self._spec = spec
         self._bad = bad
         self.begin(0, [])
 
@@ -126,7 +127,7 @@ class _Source:
         self._epoch = epoch
         self.batches = batches
         self.given = 0
-        """How many of them the pipeline has been given; it asks ahead."""
+        """How many of these batches the pipeline has been given; it asks ahead."""
 
     def good(self, step: int) -> Indices:
         return np.array([i for i in self.batches[step].tolist() if i not in self._bad], dtype=np.int64)
@@ -136,41 +137,41 @@ class _Source:
             index = self.good(self.given)
             self.given += 1
             if index.size:
-                drawn = [tensor.numpy() for view in self.drawn(index) for tensor in view.values()]
-                return [_images(self._reading.samples, index), index, *drawn]
+                params = [tensor.numpy() for view in self.params(index) for tensor in view.values()]
+                return [_images(self._spec.samples, index), index, *params]
         raise StopIteration  # DALI's end of an epoch
 
-    def drawn(self, index: Indices) -> list[dict[str, Tensor]]:
-        """The inputs of each view's graph, by name."""
-        options, seed = self._reading.options, self._reading.seed
+    def params(self, index: Indices) -> list[dict[str, Tensor]]:
+        """Returns the inputs of each view's graph, by name."""
+        options, seed = self._spec.options, self._spec.seed
         return [
             dali_graph.given(
-                plan(kind, options),
-                draw(kind, options, seed=seed, epoch=self._epoch, index=torch.from_numpy(index), view=view),
+                plan_view(kind, options),
+                sample_params(kind, options, seed=seed, epoch=self._epoch, index=torch.from_numpy(index), view=view),
                 options.image_size,
             )
-            for view, kind in enumerate(self._reading.kinds)
+            for view, kind in enumerate(self._spec.kinds)
         ]
 
 
 @pipeline_def(enable_conditionals=True)
-def _views(source: _Source, reading: Reading) -> tuple[DataNode, ...]:
-    """Indices, shapes of the images, and their views."""
-    names = [list(view) for view in source.drawn(np.zeros(1, np.int64))]
-    images, index, *drawn = fn.external_source(source, num_outputs=2 + sum(map(len, names)), batch=True)
+def _views(source: _Source, spec: LoaderSpec) -> tuple[DataNode, ...]:
+    """Defines the pipeline, which gives the indices, the shapes of the images, and their views."""
+    names = [list(view) for view in source.params(np.zeros(1, np.int64))]
+    images, index, *params = fn.external_source(source, num_outputs=2 + sum(map(len, names)), batch=True)
     gpu = Pipeline.current().device_id is not None
-    if isinstance(reading.samples.images, np.ndarray):
+    if isinstance(spec.samples.images, np.ndarray):
         images = fn.reinterpret(images, layout="HWC")
         images = images.gpu() if gpu else images
     else:
         images = _decoded(images, gpu)
     views = []
-    for view, kind in enumerate(reading.kinds):
-        inputs = {name: drawn.pop(0) for name in names[view]}
-        views.append(dali_graph.random_view(images, plan(kind, reading.options), reading.options, inputs))
-    if not reading.kinds:
-        views.append(dali_graph.evaluation_view(images, reading.options))
-    return index, images.shape(), *[dali_graph.normalized(view, reading.options) for view in views]
+    for view, kind in enumerate(spec.kinds):
+        inputs = {name: params.pop(0) for name in names[view]}
+        views.append(dali_graph.random_view(images, plan_view(kind, spec.options), spec.options, inputs))
+    if not spec.kinds:
+        views.append(dali_graph.evaluation_view(images, spec.options))
+    return index, images.shape(), *[dali_graph.normalized(view, spec.options) for view in views]
 
 
 @pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
@@ -179,7 +180,7 @@ def _decoding(paths: Iterator[list[NDArray[np.uint8]]]) -> DataNode:
 
 
 def _decoded(paths: DataNode, gpu: bool) -> DataNode:
-    """As Pillow decodes them, which leaves EXIF's rotation alone."""
+    """Decodes the files as Pillow does, which ignores EXIF's rotation."""
     return fn.decoders.image(
         fn.io.file.read(paths),
         device="mixed" if gpu else "cpu",
@@ -190,7 +191,7 @@ def _decoded(paths: DataNode, gpu: bool) -> DataNode:
 
 
 def _images(samples: Samples, index: Indices) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
-    """Their pixels, or the bytes of their paths."""
+    """Returns the pixels of the images, or the bytes of their paths."""
     images = samples.images
     if isinstance(images, np.ndarray):
         return images[index]
@@ -198,7 +199,7 @@ def _images(samples: Samples, index: Indices) -> NDArray[np.uint8] | list[NDArra
 
 
 def _bad_files(samples: Samples, indices: Indices, gpu: int | None) -> dict[int, BadImage]:
-    """Those that DALI cannot read, in the torchvision loader's words where Pillow cannot either."""
+    """Returns the errors of the files that DALI can't read, by index; Pillow's error where it can't read one either."""
     bad: dict[int, BadImage] = {}
     if isinstance(samples.images, np.ndarray):
         return bad
@@ -223,10 +224,10 @@ def _bad_file(samples: Samples, index: int) -> BadImage:
     return BadImage(f"cannot read {describe(samples, index)}: DALI does not decode it; --loader torchvision does")
 
 
-def _bad_sizes(reading: Reading, index: Tensor, shapes: Tensor) -> dict[int, BadImage]:
-    """The images that the views cannot be made of, in the words of what the torchvision loader does with them."""
-    options = reading.options
-    size, crops = options.image_size, {plan(kind, options).crop for kind in reading.kinds}
+def _bad_sizes(spec: LoaderSpec, index: Tensor, shapes: Tensor) -> dict[int, BadImage]:
+    """Returns the errors of the images that views can't be made of, by index, in the torchvision loader's words."""
+    options = spec.options
+    size, crops = options.image_size, {plan_view(kind, options).crop for kind in spec.kinds}
     if "none" in crops or (not crops and options.evaluation == "as_is"):
         wrong, transform = (shapes[:, :2] != size).any(1), RequireSize(size)
     elif "padded" in crops:
@@ -241,10 +242,10 @@ def _bad_sizes(reading: Reading, index: Tensor, shapes: Tensor) -> dict[int, Bad
             transform(Image.new("RGB", (width, height)))
         except ValueError as error:
             image = int(index[row])
-            bad[image] = BadImage(f"cannot use {describe(reading.samples, image)}: {error}")
+            bad[image] = BadImage(f"cannot use {describe(spec.samples, image)}: {error}")
     return bad
 
 
 def _gpu(device: torch.device) -> int | None:
-    """DALI's number of it; None for the CPU."""
+    """Returns DALI's number of the GPU; None for the CPU."""
     return (device.index or 0) if device.type == "cuda" else None

@@ -6,6 +6,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,30 +14,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from rcl_fast.train.data.samples import BadImage, Samples, describe, open_image
-from rcl_fast.train.loaders.base import Batch, Reading, identity
+from rcl_fast.train.loaders.base import Batch, LoaderSpec, fingerprint
 from rcl_fast.train.views.transforms import View, evaluation_view, view
 
 WORKER_GRACE_SECONDS = 60
 
 
 class TorchvisionLoader:
-    """A Loader of float32 views; the draws of a view are seeded by (seed, epoch, index, view), whoever makes it."""
+    """A Loader of float32 views; each is sampled with the seed (seed, epoch, index, view), in whichever worker."""
 
-    def __init__(self, reading: Reading, *, workers: int, pin_memory: bool = False) -> None:
-        self._batches, self._on_bad = reading.batches, reading.on_bad
-        self.steps_per_epoch = len(reading.batches(0))
-        self.identity = identity(reading, "torchvision")
+    def __init__(self, spec: LoaderSpec, *, workers: int, pin_memory: bool = False) -> None:
+        self._batches, self._on_bad = spec.batches, spec.on_bad
+        self.steps_per_epoch = len(spec.batches(0))
+        self.fingerprint = fingerprint(spec, "torchvision")
         self._keys: list[list[tuple[int, int]]] = []
-        transforms = [view(kind, reading.options) for kind in reading.kinds] or [evaluation_view(reading.options)]
+        transforms = [view(kind, spec.options) for kind in spec.kinds] or [evaluation_view(spec.options)]
         self._torch = DataLoader(
-            _Views(reading.samples, transforms, reading.seed),
+            _Views(spec.samples, transforms, spec.seed),
             batch_sampler=self._keys,
             num_workers=workers,  # torch gives each one thread
             persistent_workers=workers > 0,
             worker_init_fn=outlive_in_worker,
             pin_memory=pin_memory,
             collate_fn=_collate,
-            generator=torch.Generator(),  # or each epoch would draw from the global one
+            generator=torch.Generator(),  # else each epoch would sample from the global one
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -45,44 +46,59 @@ class TorchvisionLoader:
         for batch, bad in self._torch:
             for error in bad:
                 self._on_bad(error)
-            if batch:
-                yield batch
+            if batch is not None:
+                yield Batch(*batch)
+
+
+class _Item(NamedTuple):
+    """One sample's views, its label and its index in the samples."""
+
+    views: list[Tensor]
+    label: int
+    position: int
 
 
 class _Views(Dataset):
-    """Item (epoch, index): the views of that sample in that epoch, with its label and index."""
+    """A Dataset whose item (epoch, index) is that sample in that epoch."""
 
     def __init__(self, samples: Samples, transforms: Sequence[View], seed: int) -> None:
         self.samples = samples
         self.transforms = transforms
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor | int] | BadImage:
+    def __getitem__(self, key: tuple[int, int]) -> _Item | BadImage:
         epoch, index = key
         try:
             image = open_image(self.samples, index)
         except BadImage as error:
             return error  # raised in a worker, it would come out wrapped in the worker's traceback
-        item: dict[str, Tensor | int] = {"label": int(self.samples.labels[index]), "index": index}
-        with _generators_kept():
+        views = []
+        with _generators_preserved():
             for number, transform in enumerate(self.transforms):
                 _seed_generators((self.seed, epoch, index, number))
                 try:
-                    item[f"x{number + 1}"] = transform(image)
+                    views.append(transform(image))
                 except ValueError as error:
                     return BadImage(f"cannot use {describe(self.samples, index)}: {error}")
-        return item
+        return _Item(views, int(self.samples.labels[index]), index)
 
 
-def _collate(items: list[dict[str, Tensor | int] | BadImage]) -> tuple[Batch, list[BadImage]]:
-    """The batch of the good items (empty where there is none), and what is wrong with the others."""
+_Collated = tuple[tuple[Tensor, ...], Tensor, Tensor]
+
+
+def _collate(items: list[_Item | BadImage]) -> tuple[_Collated | None, list[BadImage]]:
+    """Returns views, labels and indices of the good items (None where there is none), and the errors of the others."""
     good = [item for item in items if not isinstance(item, BadImage)]
-    return default_collate(good) if good else {}, [item for item in items if isinstance(item, BadImage)]
+    bad = [item for item in items if isinstance(item, BadImage)]
+    if not good:
+        return None, bad
+    views = tuple(default_collate(list(of_one)) for of_one in zip(*(item.views for item in good), strict=True))
+    return (views, *(default_collate([getattr(item, name) for item in good]) for name in ("label", "position"))), bad
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Puts the global CPU generators back as they were; transforms can draw from no others."""
+def _generators_preserved() -> Iterator[None]:
+    """Restores the state of the global CPU generators afterwards; transforms can sample from no others."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield
@@ -100,6 +116,6 @@ def _seed_generators(entropy: tuple[int, ...]) -> None:
 
 
 def outlive_in_worker(_: int) -> None:
-    """In a loader's process: signals that reach the whole job must not end it before the run has saved itself."""
+    """Keeps a loader's process alive through signals to the whole job, until the run has saved itself."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS) and None)

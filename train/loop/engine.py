@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable
@@ -11,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from rcl_fast import LDAM, metrics
-from rcl_fast.train.loaders import base
-from rcl_fast.train.loaders.base import Loader
+from rcl_fast.train.errors import NonFiniteLoss, Preempted
+from rcl_fast.train.loaders.base import Loader, loader_state
 from rcl_fast.train.loop.evaluation import evaluate
-from rcl_fast.train.loop.loss_readback import ADVICE, NonFiniteLoss, StepLosses
+from rcl_fast.train.loop.loss_readback import ADVICE, LossReadback
 from rcl_fast.train.loop.progress import Progress
 from rcl_fast.train.loop.step import Step, train_step
 from rcl_fast.train.loop.training import Training
@@ -22,7 +23,9 @@ from rcl_fast.train.network.objective import compress, reweights, starts_compres
 from rcl_fast.train.rundir import checkpoints
 from rcl_fast.train.rundir.logs import Log
 from rcl_fast.train.runtime import distributed
-from rcl_fast.train.runtime.signals import Preempted, never
+from rcl_fast.train.runtime.signals import never
+
+_logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -31,69 +34,61 @@ def fit(
     validation_loader: Loader,
     folder: Path,
     log: Log,
-    stopping: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = never,
     step: Step | None = None,
 ) -> None:
-    """Train to the last epoch; after each, validate and write last.pt, best.pt where it is the best, and the log.
+    """Trains to the last epoch; after each, validates and writes last.pt, best.pt where it is the best, and the log.
 
-    Within an epoch mid_epoch.pt is written every checkpoint_minutes, and where `stopping` says that a signal came. A
-    KeyboardInterrupt passes through; last.pt is then that of the last whole epoch.
+    Within an epoch, mid_epoch.pt is written every checkpoint_minutes, and where `should_stop` says that a signal came.
+    A KeyboardInterrupt passes through; last.pt is then from the last whole epoch.
+
+    Args:
+        step: what makes a step, in place of `train_step`.
 
     Raises:
-        Preempted: `stopping` on any process; mid_epoch.pt is written.
-        NonFiniteLoss, BadImage: the checkpoints are then those from before.
-        SystemExit: a checkpoint can't be written.
+        Preempted: `should_stop` was true on some process; mid_epoch.pt is written.
+        NonFiniteLoss, BadImage: the checkpoints are as they were.
+        NotWritten: a checkpoint can't be written.
     """
-    saving = _Saving(training, training_loader, folder, stopping)
+    checkpointer = _Checkpointer(training, training_loader, folder)
     if training.epoch == 0 and training.progress is None:
-        saving.after_epoch(is_best=False)
+        checkpointer.after_epoch(is_best=False)
     elif training.progress is None and 0 < training.best_epoch == training.epoch:
-        saving.best()  # a stop may have come between last.pt and best.pt
+        checkpointer.best()  # a stop may have come between last.pt and best.pt
     while training.epoch < training.config.optimization.epochs:
         if training.progress is None:
-            _begin_epoch(training, log)
+            _begin_epoch(training)
         row = {"epoch": training.epoch + 1, "learning_rate": training.optimizer.param_groups[0]["lr"]}
-        row.update(train_epoch(training, training_loader, log, saving, step))
+        row.update(train_epoch(training, training_loader, log, checkpointer, should_stop, step))
         _check_weights(training)
         try:
             evaluation = evaluate(
-                training.model, validation_loader, len(training.class_counts), training.machine, stopping=stopping
+                training.model,
+                validation_loader,
+                len(training.class_counts),
+                training.runtime,
+                should_stop=should_stop,
             )
         except Preempted:
-            saving.within_epoch()
+            checkpointer.within_epoch()
             raise
         training.class_accuracy = metrics.per_class_accuracy(evaluation.confusion)
         row.update(metrics.summary(evaluation.confusion, training.group_counts, evaluation.reliability))
         _step_schedule(training)
-        training.epoch += 1
-        training.progress = None
-        training.history.append(row)
-        is_best = row["balanced_accuracy"] > training.best_accuracy
-        if is_best:
-            training.best_epoch, training.best_accuracy = training.epoch, row["balanced_accuracy"]
-        saving.after_epoch(is_best)
+        is_best = training.end_epoch(row)
+        checkpointer.after_epoch(is_best)
         with checkpoints.writing(folder):
             log.epoch_ended(training.history, is_best)
-    distributed.on_main(lambda: checkpoints.remove_mid_epoch(folder))
+    distributed.run_on_main(lambda: checkpoints.remove_mid_epoch(folder))
 
 
-class _Agreed(NamedTuple):
-    """What all processes do next."""
+class _Checkpointer:
+    """What writes the checkpoints of one `fit`. All methods but `is_due` are collectives."""
 
-    images: int  # of the next step, of all together
-    ends: bool  # the epoch: one of them has no more
-    saves: bool  # first
-    stops: bool  # after that: a signal came to one of them
-
-
-class _Saving:
-    """When and where the checkpoints of one `fit` are written. Its methods are for all processes to call together."""
-
-    def __init__(self, training: Training, training_loader: Loader, folder: Path, stopping: Callable[[], bool]) -> None:
+    def __init__(self, training: Training, training_loader: Loader, folder: Path) -> None:
         self._training = training
         self._loader = training_loader
         self._folder = folder
-        self._stopping = stopping
         self._saved = time.monotonic()
 
     def after_epoch(self, is_best: bool) -> None:
@@ -109,42 +104,41 @@ class _Saving:
         _check_weights(self._training)
         self._write(checkpoints.MID_EPOCH, self._state())
 
-    def agree(self, images: int) -> _Agreed:
+    def is_due(self) -> bool:
+        """Returns whether checkpoint_minutes have passed, by the main process's clock."""
         minutes = self._training.config.run.checkpoint_minutes
-        due = distributed.is_main() and time.monotonic() - self._saved >= 60 * minutes
-        together, without, stop, due_somewhere = distributed.totals(images, images == 0, self._stopping(), due)
-        return _Agreed(together, ends=without > 0, saves=stop + due_somewhere > 0, stops=stop > 0)
+        return distributed.is_main() and time.monotonic() - self._saved >= 60 * minutes
 
     def _state(self) -> dict[str, Any]:
         progress = self._training.progress
-        position = base.state(self._loader, self._training.epoch, step=0 if progress is None else progress.steps)
-        return {**self._training.state_dict(), "loader": position}
+        step = 0 if progress is None else progress.steps
+        return {**self._training.state_dict(), "loader": loader_state(self._loader, self._training.epoch, step)}
 
     def _write(self, name: str, state: dict[str, Any], previous: str | None = None) -> None:
         before = None if previous is None else self._folder / previous
-        distributed.on_main(lambda: checkpoints.save(self._folder / name, state, before))
+        distributed.run_on_main(lambda: checkpoints.save(self._folder / name, state, before))
         self._saved = time.monotonic()
 
 
 def _step_schedule(training: Training) -> None:
     with warnings.catch_warnings():
-        # Resumed after an epoch's last step, the optimiser made its steps in another process.
+        # Where a run resumes after the last step of an epoch, the optimiser's steps were made by another process.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         training.schedule.step()
 
 
-def _begin_epoch(training: Training, log: Log) -> None:
+def _begin_epoch(training: Training) -> None:
     if starts_compression(training.config, training.epoch) and training.class_accuracy is not None:
         note = f"Compression from epoch {training.epoch + 1}: {compress(training.objective, training.class_accuracy)}."
         training.notes.append(note)
-        log.say(note)
+        _logger.info(note)
     cross_entropy = training.objective.cross_entropy
     if isinstance(cross_entropy, LDAM) and reweights(training.config, training.epoch):
         cross_entropy.reweight()
 
 
 def _check_weights(training: Training) -> None:
-    """A finite loss can still have a gradient that is not; raises NonFiniteLoss."""
+    """Raises NonFiniteLoss for a weight that is not finite: the gradient of a finite loss need not be finite."""
     weights = [tensor for tensor in training.model.state_dict().values() if tensor.is_floating_point()]
     if not torch.stack([tensor.isfinite().all() for tensor in weights]).all():
         raise NonFiniteLoss(
@@ -152,38 +146,59 @@ def _check_weights(training: Training) -> None:
         )
 
 
+class Agreement(NamedTuple):
+    """What all processes do next."""
+
+    images: int  # of the next step, in all processes together
+    ends: bool  # the epoch ends: one process has no more batches
+    saves: bool  # a checkpoint is written first
+    stops: bool  # after that the run stops: a signal came to a process
+
+
+def sync_step(images: int, stop: bool, save: bool) -> Agreement:
+    """Returns the all-reduced knowledge of the processes before a step, so that all do the same."""
+    total, without, stops, saves = distributed.all_reduce_counts(images, images == 0, stop, save)
+    return Agreement(total, ends=without > 0, saves=stops + saves > 0, stops=stops > 0)
+
+
 def train_epoch(
-    training: Training, training_loader: Loader, log: Log, saving: _Saving | None = None, step: Step | None = None
+    training: Training,
+    training_loader: Loader,
+    log: Log,
+    checkpointer: _Checkpointer | None = None,
+    should_stop: Callable[[], bool] = never,
+    step: Step | None = None,
 ) -> dict[str, float]:
-    """One pass over the training images, or the rest of one; the mean of each loss part, images a second of all
-    processes, and the share of time in which the loader was waited for.
+    """Makes one pass over the training images, or the rest of one.
+
+    Returns the mean of each loss part, images a second of all processes, and the share of time spent waiting for data.
 
     Raises:
-        NonFiniteLoss: found some steps late, so that reading a loss never makes a GPU wait.
-        Preempted: by `saving`, which has then saved.
+        NonFiniteLoss: raised some steps late, so that reading a loss never makes a GPU wait.
+        Preempted: `should_stop` was true on some process; the `checkpointer` has saved.
     """
-    training.network.train()
-    take_step = step or train_step
+    training.ddp_model.train()
+    step = step or train_step
     progress = training.progress = training.progress or Progress()
     batches = training_loader.epoch(training.epoch, start=progress.steps)
-    losses = StepLosses(progress, training.epoch)
+    losses = LossReadback(progress, training.epoch)
     seconds_before, began = progress.seconds, time.perf_counter()
     while True:
         asked = time.perf_counter()
         batch = next(batches, None)
         progress.waiting += time.perf_counter() - asked
-        images = 0 if batch is None else len(batch["label"])
-        agreed = saving.agree(images) if saving else _Agreed(images, ends=images == 0, saves=False, stops=False)
+        images = 0 if batch is None else len(batch.labels)
+        agreed = sync_step(images, should_stop(), checkpointer is not None and checkpointer.is_due())
         if agreed.saves or agreed.ends:
             losses.read_all()
         progress.seconds = seconds_before + time.perf_counter() - began
-        if saving and agreed.saves:
-            saving.within_epoch()
+        if checkpointer is not None and agreed.saves:
+            checkpointer.within_epoch()
         if agreed.stops:
             raise Preempted
         if batch is None or agreed.ends:
             break
-        losses.add(take_step(training, batch), batch, agreed.images)
+        losses.add(step(training, batch), batch, agreed.images)
         progress.steps += 1
         progress.images += agreed.images
         log.step_ended(training.epoch, training_loader.steps_per_epoch, progress.means(), progress.images_per_second())

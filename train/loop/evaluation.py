@@ -1,4 +1,4 @@
-"""One pass over a set of images: the confusion matrix, the bins of calibration, features for the report's picture."""
+"""Evaluation on a set of images: the confusion matrix, the bins of calibration, features for the report's picture."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from rcl_fast.metrics import CALIBRATION_BINS, confusion_matrix, reliability
+from rcl_fast.train.errors import Preempted
 from rcl_fast.train.loaders.base import Batch, Loader
 from rcl_fast.train.network.models import LongTailedClassifier
 from rcl_fast.train.runtime import distributed
-from rcl_fast.train.runtime.machine import Machine
-from rcl_fast.train.runtime.signals import Preempted, never
+from rcl_fast.train.runtime.hardware import Runtime
+from rcl_fast.train.runtime.signals import never
 
 
 class Evaluation(NamedTuple):
-    """On the CPU: confusion int64 [C, C]; reliability float64 [M, 3], `metrics.reliability` of the softmax of the raw
-    logits; features float32 [n, d] of the pictured images, and their labels [n]."""
+    """The result of one pass over the images, on the CPU."""
 
-    confusion: Tensor
-    reliability: Tensor
-    features: Tensor
-    labels: Tensor
+    confusion: Tensor  # int64 [C, C]
+    reliability: Tensor  # float64 [M, 3], `metrics.reliability` of the softmax of the raw logits
+    features: Tensor  # float32 [n, d] of the backbone, for the images that `keep_features` selects
+    labels: Tensor  # int64 [n] of those images
 
 
 @torch.no_grad()
@@ -31,50 +31,50 @@ def evaluate(
     model: LongTailedClassifier,
     loader: Loader,
     num_classes: int,
-    machine: Machine,
-    pictured: Tensor | None = None,
-    stopping: Callable[[], bool] = never,
+    runtime: Runtime,
+    keep_features: Tensor | None = None,
+    should_stop: Callable[[], bool] = never,
 ) -> Evaluation:
-    """Classify by the raw logits, without adjustment; each process its share, and what is counted is of all.
+    """Classifies images by the raw logits, without adjustment, and counts the results of all processes together.
 
-    The features are all on the main process, in the order of the images; elsewhere there are this process's. The
-    network runs as it is, also where training compiles it: each other size of batch would be another graph.
+    Each process evaluates its share. The main process gets all features, in the order of the images; the others get
+    their own. The network runs uncompiled even where training compiles it, as each batch size would be another graph.
 
     Args:
-        pictured: bool [n], the images whose features are kept.
-        stopping: says whether a signal has come.
+        keep_features: bool [n], true for the images whose features are kept; None: for none.
+        should_stop: says whether a signal has come.
 
     Raises:
-        Preempted: `stopping` on any process.
+        Preempted: `should_stop` was true on some process.
     """
     model.eval()
-    distributed.take_buffers_of_main(model)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=machine.device)
-    bins = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64, device=machine.device)
+    distributed.broadcast_buffers(model)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=runtime.device)
+    bins = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64, device=runtime.device)
     features_kept, labels_kept = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.int64)]
-    for batch in _until_all_are_done(loader, stopping):
-        labels = machine.labels(batch["label"])
-        with torch.compiler.set_stance("force_eager"), machine.autocast():
-            features = model.backbone(machine.images(batch["x1"])).float()
+    for batch in _until_all_are_done(loader, should_stop):
+        labels = runtime.labels(batch.labels)
+        with torch.compiler.set_stance("force_eager"), runtime.autocast():
+            features = model.backbone(runtime.images(batch.views[0])).float()
         counted = count(model.classifier, features, labels, num_classes)
         confusion += counted.confusion
         bins += counted.reliability
-        if pictured is not None:
-            keep = pictured[batch["index"]]
+        if keep_features is not None:
+            keep = keep_features[batch.indices]
             features_kept.append(features.cpu()[keep])
-            labels_kept.append(batch["label"][keep])
-    confusion, bins = distributed.summed(confusion).cpu(), distributed.summed(bins).cpu()
+            labels_kept.append(batch.labels[keep])
+    confusion, bins = distributed.all_reduce(confusion).cpu(), distributed.all_reduce(bins).cpu()
     mine = torch.cat(features_kept[1:] or features_kept), torch.cat(labels_kept)
-    if pictured is None:
+    if keep_features is None:
         return Evaluation(confusion, bins, *mine)
-    # A process without images has no features, not even a width of them.
-    features_of, labels_of = zip(*distributed.gathered_on_main(mine), strict=True)
+    # A process without images has an empty tensor, without the features' width.
+    features_of, labels_of = zip(*distributed.gather_object(mine), strict=True)
     features = torch.cat([f for f in features_of if len(f)] or [mine[0]])
     return Evaluation(confusion, bins, features, torch.cat(labels_of))
 
 
 class Counted(NamedTuple):
-    """As in Evaluation."""
+    """The counts of a classifier on some features, as in Evaluation."""
 
     confusion: Tensor
     reliability: Tensor
@@ -82,19 +82,19 @@ class Counted(NamedTuple):
 
 @torch.no_grad()
 def count(classifier: nn.Module, features: Tensor, labels: Tensor, num_classes: int) -> Counted:
-    """What a classifier makes of features float32 [n, d]: in 16 bits, logits tie."""
+    """Counts the results of a classifier on features float32 [n, d]; with 16 bits, logits would tie."""
     logits = classifier(features)
     return Counted(
         confusion_matrix(labels, logits.argmax(dim=1), num_classes), reliability(logits.softmax(dim=1), labels)
     )
 
 
-def _until_all_are_done(loader: Loader, stopping: Callable[[], bool]) -> Iterator[Batch]:
-    """This process's batches; it then waits until the others have had theirs. Raises Preempted."""
+def _until_all_are_done(loader: Loader, should_stop: Callable[[], bool]) -> Iterator[Batch]:
+    """Gives this process's batches, then waits until the others have had theirs. Raises Preempted after a signal."""
     batches = loader.epoch(0)
     while True:
         batch = next(batches, None)
-        going_on, stopped = distributed.totals(batch is not None, stopping())
+        going_on, stopped = distributed.all_reduce_counts(batch is not None, should_stop())
         if stopped:
             raise Preempted
         if not going_on:
@@ -103,8 +103,8 @@ def _until_all_are_done(loader: Loader, stopping: Callable[[], bool]) -> Iterato
             yield batch
 
 
-def some_of(count: int, most: int = 5000) -> Tensor:
-    """bool [count]: a random choice, always the same, of at most `most` images to picture."""
+def random_mask(count: int, most: int = 5000) -> Tensor:
+    """Returns bool [count] with at most `most` entries true: a random choice, the same every time."""
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]] = True
     return chosen

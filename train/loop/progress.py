@@ -9,17 +9,17 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Of all processes together, but for `seconds` and `waiting`; a checkpoint within the epoch holds it."""
+    """An epoch's progress, which a checkpoint within it holds. All but `seconds` and `waiting` is of all processes."""
 
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
-    waiting: float = 0.0  # seconds of them in the loader
-    totals: dict[str, float] = field(default_factory=dict)  # of each loss part, times images
+    waiting: float = 0.0  # how many of these seconds were spent in the loader
+    totals: dict[str, float] = field(default_factory=dict)  # of each loss part, summed over images
     counted: int = 0  # images in the totals, which lag some steps behind
 
     def count(self, losses: dict[str, float], images: int) -> None:
-        """Add one step's losses, means over so many images."""
+        """Adds one step's losses, which are means over `images`."""
         self.counted += images
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0.0) + value * images

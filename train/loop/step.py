@@ -13,27 +13,27 @@ from rcl_fast.train.loop.training import Training
 from rcl_fast.train.network.models import Outputs
 from rcl_fast.train.network.objective import LossParts
 
-Step = Callable[["Training", Batch], dict[str, Tensor]]
-"""`train_step`, or what does the same in another way."""
+Step = Callable[[Training, Batch], dict[str, Tensor]]
+"""`train_step`, or a replacement that gives the same."""
 
 
 def train_step(training: Training, batch: Batch) -> dict[str, Tensor]:
-    """Forward, backward and one update; returns the detached losses by name, of all processes, on the device."""
+    """Runs forward, backward and one update; returns the losses of all processes by name, detached, on the device."""
     training.optimizer.zero_grad(set_to_none=True)
-    views = [training.machine.images(batch[name]) for name in ("x1", "x2", "x3") if name in batch]
-    labels = training.machine.labels(batch["label"])
+    views = [training.runtime.images(view) for view in batch.views]
+    labels = training.runtime.labels(batch.labels)
 
     def loss_of(outputs: Outputs) -> tuple[LossParts, Tensor]:
-        with training.machine.autocast():
+        with training.runtime.autocast():
             loss = training.objective(outputs, labels)
         return loss, training.scaler.scale(loss.total)
 
     parts = training.config.optimization.accumulate
     if parts > 1:
-        loss = backward_in_parts(training.network, training.model, training.machine, views, parts, loss_of)
+        loss = backward_in_parts(training.ddp_model, training.model, training.runtime, views, parts, loss_of)
     else:
-        with training.machine.autocast():
-            outputs = training.network(views)
+        with training.runtime.autocast():
+            outputs = training.ddp_model(views)
         loss, scaled = loss_of(outputs)
         scaled.backward()
     if training.config.optimization.clip_grad_norm is not None:

@@ -12,16 +12,16 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
 from rcl_fast.train.data.datasets import Splits
-from rcl_fast.train.loaders import base
-from rcl_fast.train.loaders.base import Loader
+from rcl_fast.train.errors import UserError
+from rcl_fast.train.loaders.base import Loader, read_loader_state
 from rcl_fast.train.loop.progress import Progress
-from rcl_fast.train.network import parallel
-from rcl_fast.train.network.models import LongTailedClassifier
+from rcl_fast.train.network import ddp
+from rcl_fast.train.network.models import LongTailedClassifier, build_network
 from rcl_fast.train.network.objective import Objective
 from rcl_fast.train.network.optimization import build_optimizer, build_schedule, restore
-from rcl_fast.train.options import Config, has_prototypes
+from rcl_fast.train.options import Config
 from rcl_fast.train.runtime import distributed, rng_state
-from rcl_fast.train.runtime.machine import Machine
+from rcl_fast.train.runtime.hardware import Runtime
 
 
 @dataclass
@@ -29,17 +29,17 @@ class Training:
     """Everything that training changes, and that a checkpoint holds."""
 
     config: Config
-    machine: Machine
+    runtime: Runtime
     model: LongTailedClassifier
-    network: nn.Module  # the model as training calls it; of several processes, with their gradients averaged
+    ddp_model: nn.Module  # the model as training calls it: DistributedDataParallel around it in several processes
     objective: Objective
     optimizer: SGD
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
-    class_counts: Tensor  # int64 [C], what is trained on
-    group_counts: Tensor  # int64 [C], with what is held out: they part many, medium and few
+    class_counts: Tensor  # int64 [C], training images of each class
+    group_counts: Tensor  # int64 [C], the same with those held out: they define many, medium and few
     epoch: int = 0  # epochs done
-    progress: Progress | None = None  # of the epoch under way; None between two
+    progress: Progress | None = None  # of the epoch under way; None between two epochs
     best_epoch: int = 0  # from 1; 0: none yet
     best_accuracy: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -47,10 +47,10 @@ class Training:
     class_accuracy: Tensor | None = None  # [C] of the last validation
 
     def state_dict(self) -> dict[str, Any]:
-        """For all processes to call together: it holds the random state of each."""
+        """Returns what a checkpoint holds. It is a collective, as it gathers the random state of each process."""
         contrastive = self.objective.contrastive
         return {
-            "of": self._describe(),
+            "of": _origin(self.config, len(self.class_counts)),
             "class_counts": self.class_counts,
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
@@ -65,87 +65,54 @@ class Training:
             "history": self.history,
             "notes": self.notes,
             "class_accuracy": self.class_accuracy,
-            "random_states": distributed.gathered(rng_state.state(self.machine.device)),
+            "random_states": distributed.all_gather_object(rng_state.state(self.runtime.device)),
         }
 
-    def check(self, state: dict[str, Any]) -> None:
-        """Raises SystemExit where a checkpoint is of another network or data set."""
-        if "of" not in state:
-            raise SystemExit(
-                "the checkpoint is of an earlier version of the trainer, which did not train like this one"
-            )
-        differing = [
-            f"{name} {state['of'].get(name)!r}, not {value!r}"
-            for name, value in self._describe().items()
-            if state["of"].get(name) != value
-        ]
-        if differing:
-            raise SystemExit(
-                f"the checkpoint is of another run: {'; '.join(differing)}. Its folder's config.json was changed, or "
-                "the checkpoint was copied there from elsewhere; nothing was written"
-            )
-        if not torch.equal(state["class_counts"], self.class_counts):
-            raise SystemExit(
-                f"the checkpoint's training set ({_describe_counts(state['class_counts'])}) is not this run's "
-                f"({_describe_counts(self.class_counts)}): the data set has changed on disk"
-            )
-        own = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        saved = {name: tensor.shape for name, tensor in state["model"].items()}
-        if own != saved:
-            name = sorted(name for name in own | saved if own.get(name) != saved.get(name))[0]
-            raise SystemExit(
-                f"the checkpoint does not fit this network: {name} is {_shape(saved, name)} there, {_shape(own, name)} "
-                "here; another version of torchvision or timm may build another network of this name"
-            )
+    def end_epoch(self, row: dict[str, Any]) -> bool:
+        """Adds an epoch's figures to the history; returns whether it is the best so far."""
+        self.epoch += 1
+        self.progress = None
+        self.history.append(row)
+        is_best = row["balanced_accuracy"] > self.best_accuracy
+        if is_best:
+            self.best_epoch, self.best_accuracy = self.epoch, row["balanced_accuracy"]
+        return is_best
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint that `check` has passed, with as many processes as wrote it."""
+        """Loads a checkpoint that `resume_training` has checked, with as many processes as wrote it."""
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
         if self.objective.contrastive is not None:
             self.objective.contrastive.set_compression(state["compression"])
         restore(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"]:  # empty where the run had no fp16, perhaps on another machine
+        if state["scaler"]:  # empty where the run was not in fp16, perhaps on another machine
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_epoch, self.best_accuracy = state["epoch"], state["best_epoch"], state["best_accuracy"]
         self.progress = None if state["progress"] is None else Progress(**state["progress"])
         self.history, self.notes, self.class_accuracy = state["history"], state["notes"], state["class_accuracy"]
-        rng_state.restore(state["random_states"][distributed.rank()], self.machine.device)
-
-    def _describe(self) -> dict[str, Any]:
-        """What a checkpoint is of, by the names of the options."""
-        config = self.config
-        return {
-            "dataset": config.data.dataset,
-            "arch": config.model.arch,
-            "classifier": config.model.classifier,
-            "loss": config.loss.loss,
-            "number of classes": len(self.class_counts),
-        }
+        rng_state.restore(state["random_states"][distributed.rank()], self.runtime.device)
 
 
-def start_training(config: Config, splits: Splits, machine: Machine) -> Training:
-    """A fresh run: everything that depends on the seed is drawn here."""
+def start_training(config: Config, splits: Splits, runtime: Runtime) -> Training:
+    """Returns the state of a new run; everything that depends on the seed is initialised here."""
     torch.manual_seed(config.run.seed)
     class_counts = torch.as_tensor(splits.class_counts)
-    model = LongTailedClassifier(
-        config.model, splits.num_classes, embeds=config.contrastive, has_prototypes=has_prototypes(config)
-    )
-    model.to(machine.device, memory_format=machine.memory_format)  # type: ignore[call-overload]  # torch's stubs lag
-    network = parallel.network(model, config, machine)
+    model = build_network(config, splits.num_classes)
+    model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stubs lag
+    ddp_model = ddp.wrap(model, config, runtime)
     if distributed.rank() > 0:
         torch.manual_seed(_seed_of_process(config.run.seed, distributed.rank()))  # dropout differs between images
     optimizer = build_optimizer(config.optimization, model)
     return Training(
         config=config,
-        machine=machine,
+        runtime=runtime,
         model=model,
-        network=network,
-        objective=Objective(config, class_counts).to(machine.device),
+        ddp_model=ddp_model,
+        objective=Objective(config, class_counts).to(runtime.device),
         optimizer=optimizer,
         schedule=build_schedule(config.optimization, optimizer),
-        scaler=machine.grad_scaler(),
+        scaler=runtime.grad_scaler(),
         class_counts=class_counts,
         group_counts=torch.as_tensor(splits.published_counts),
     )
@@ -156,15 +123,65 @@ def _seed_of_process(seed: int, rank: int) -> int:
 
 
 def resume_training(training: Training, training_loader: Loader, state: dict[str, Any]) -> None:
-    """Go on from a checkpoint's state.
+    """Loads a checkpoint into `training`, after checks.
 
     Raises:
-        SystemExit: the checkpoint is of another network or data set.
-        StateMismatch: the loader gives other batches than those that the checkpoint goes on with.
+        UserError: the checkpoint is of another network or data set.
+        StateMismatch: the loader gives other batches than the checkpoint's.
     """
-    training.check(state)
-    base.position(training_loader, state["loader"])
+    if "of" not in state:
+        raise UserError("the checkpoint is of an earlier version of the trainer, which did not train like this one")
+    check_origin(state["of"], training.config, len(training.class_counts))
+    check_class_counts(state["class_counts"], training.class_counts)
+    check_shapes(state["model"], training.model)
+    read_loader_state(training_loader, state["loader"])
     training.load_state_dict(state)
+
+
+def check_origin(origin: dict[str, Any], config: Config, num_classes: int) -> None:
+    """Raises UserError where a checkpoint's record of its origin is not of this run."""
+    differing = [
+        f"{name} {origin.get(name)!r}, not {value!r}"
+        for name, value in _origin(config, num_classes).items()
+        if origin.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"the checkpoint is of another run: {'; '.join(differing)}. Its folder's config.json was changed, or "
+            "the checkpoint was copied there from elsewhere; nothing was written"
+        )
+
+
+def check_class_counts(saved: Tensor, class_counts: Tensor) -> None:
+    """Raises UserError where a checkpoint's class counts [C] are not those of the data set as it is now."""
+    if not torch.equal(saved, class_counts):
+        raise UserError(
+            f"the checkpoint's training set ({_describe_counts(saved)}) is not this run's "
+            f"({_describe_counts(class_counts)}): the data set has changed on disk"
+        )
+
+
+def check_shapes(weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises UserError where a checkpoint's weights are not those of this network."""
+    here = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    there = {name: tensor.shape for name, tensor in weights.items()}
+    if here != there:
+        name = sorted(name for name in here | there if here.get(name) != there.get(name))[0]
+        raise UserError(
+            f"the checkpoint does not fit this network: {name} is {_shape(there, name)} there, {_shape(here, name)} "
+            "here; another version of torchvision or timm may build another network of this name"
+        )
+
+
+def _origin(config: Config, num_classes: int) -> dict[str, Any]:
+    """Returns the record of its origin that a checkpoint holds, by the names of the options."""
+    return {
+        "dataset": config.data.dataset,
+        "arch": config.model.arch,
+        "classifier": config.model.classifier,
+        "loss": config.loss.loss,
+        "number of classes": num_classes,
+    }
 
 
 def _shape(shapes: dict[str, torch.Size], name: str) -> str:

@@ -1,1 +1,1 @@
-"""What is trained: networks, their loss, optimizer and schedule, and DistributedDataParallel around them."""
+"""What is trained: networks, their loss, optimiser and schedule, and DistributedDataParallel around them."""

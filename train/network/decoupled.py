@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Method = Literal["crt", "tau_norm", "lws"]
-
 
 def tau_normalized(classifier: nn.Linear, tau: float) -> nn.Linear:
-    """A copy whose weight rows w_j [d] are w_j / ‖w_j‖^tau, and whose bias is 0, as the authors leave it out.
+    """Returns a copy whose weight rows w_j [d] are w_j / ‖w_j‖^tau, and whose bias is 0, as the authors leave it out.
 
     tau 0 keeps the norms, 1 makes them all 1.
     """
@@ -22,7 +18,7 @@ def tau_normalized(classifier: nn.Linear, tau: float) -> nn.Linear:
 
 
 class ScaledClassifier(nn.Module):
-    """LWS: a frozen linear classifier with one learnable factor a class on its logits, 1 at first.
+    """LWS: a frozen linear classifier with one learnable factor for each class on its logits, 1 at first.
 
     Features [N, d] -> f_j · (w_j x + b_j), [N, C]: the bias is scaled too, as in the authors' code.
     """
@@ -40,7 +36,7 @@ class ScaledClassifier(nn.Module):
         return self.scales * F.linear(features, self.weight, self.bias)
 
     def merged(self) -> nn.Linear:
-        """The same as one linear classifier."""
+        """Returns the same function as one linear classifier."""
         scales = self.scales.detach()
         return _linear(scales[:, None] * self.weight, scales * self.bias)
 

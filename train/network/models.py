@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcl_fast.heads import CosineClassifier, ProjectionHead, PrototypeHead
+from rcl_fast.train.errors import UserError
 from rcl_fast.train.options import Config, ModelOptions, has_prototypes
 
 
@@ -37,9 +38,9 @@ class LongTailedClassifier(nn.Module):
         self.prototype_head = PrototypeHead(*shape) if has_prototypes else None
 
     def forward(self, views: list[Tensor], with_prototypes: bool = True) -> Outputs:
-        """Views [B, 3, S, S] each, in one pass of the backbone: the first is classified, the others are embedded.
+        """Classifies the first of the views [B, 3, S, S] and embeds the others, in one pass of the backbone.
 
-        `with_prototypes`: where the loss has prototypes; several parts of one batch need them once.
+        `with_prototypes`: compute the prototypes, where the loss has any; of several parts of a batch, one needs them.
         """
         batch = len(views[0])
         features = self.backbone(torch.cat(views))
@@ -52,14 +53,22 @@ class LongTailedClassifier(nn.Module):
         return Outputs(logits, embeddings, self.prototype_head(self.classifier.weight))
 
 
+def build_network(config: Config, num_classes: int) -> LongTailedClassifier:
+    """Returns the network of a run's configuration, with new weights, on the CPU."""
+    return LongTailedClassifier(
+        config.model, num_classes, embeds=config.contrastive, has_prototypes=has_prototypes(config)
+    )
+
+
 def build_classifier(options: ModelOptions, width: int, num_classes: int) -> nn.Module:
+    """Returns the classifier with new weights: features [N, width] -> logits [N, num_classes]."""
     if options.classifier == "cosine":
         return CosineClassifier(width, num_classes, options.cosine_scale)
     return nn.Linear(width, num_classes)
 
 
 def build_backbone(arch: str) -> tuple[nn.Module, int]:
-    """Images [N, 3, S, S] -> features [N, d], from scratch; and d. Raises SystemExit for an unknown name."""
+    """Returns a backbone with new weights, images [N, 3, S, S] -> features [N, d], and d. Raises UserError."""
     if arch == "resnet32":
         return ResNet32(), 64
     if arch in ("resnet50", "resnext50"):
@@ -69,7 +78,7 @@ def build_backbone(arch: str) -> tuple[nn.Module, int]:
         return network, 2048
     if arch.startswith("timm/"):
         return _timm_backbone(arch.removeprefix("timm/"))
-    raise SystemExit(f"--arch {arch}: unknown; choose resnet32, resnet50, resnext50 or timm/NAME")
+    raise UserError(f"--arch {arch}: unknown; choose resnet32, resnet50, resnext50 or timm/NAME")
 
 
 def _timm_backbone(name: str) -> tuple[nn.Module, int]:
@@ -77,11 +86,9 @@ def _timm_backbone(name: str) -> tuple[nn.Module, int]:
 
     if name not in timm.list_models():
         similar = timm.list_models(f"*{name}*")[:5] or timm.list_models(f"{name[:6]}*")[:5]
-        raise SystemExit(
-            f"--arch timm/{name}: timm {timm.__version__} has no such model; similar: {', '.join(similar)}"
-        )
+        raise UserError(f"--arch timm/{name}: timm {timm.__version__} has no such model; similar: {', '.join(similar)}")
     network: Any = timm.create_model(name, pretrained=False, num_classes=0)
-    # Some families put a hidden layer behind the pooling, which is then the width of the output.
+    # Some families have a hidden layer after the pooling; the output then has its width.
     return network, getattr(network, "head_hidden_size", None) or network.num_features
 
 
@@ -125,13 +132,3 @@ def _stage(in_width: int, width: int, stride: int) -> nn.Sequential:
 
 def _conv3x3(in_width: int, width: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
-
-
-def build_network(settings: Config, weights: dict[str, Any]) -> LongTailedClassifier:
-    """The network of a run's configuration with a checkpoint's weights, on the CPU."""
-    classes = len(weights["classifier.weight"])
-    model = LongTailedClassifier(
-        settings.model, classes, embeds=settings.contrastive, has_prototypes=has_prototypes(settings)
-    )
-    model.load_state_dict(weights)
-    return model

@@ -15,14 +15,14 @@ from rcl_fast.weights import compression_factors
 
 
 class LossParts(NamedTuple):
-    """Scalars; `contrastive` is None for the losses that have no such side."""
+    """The loss and its two sides, scalars; `contrastive` is None for losses without that side."""
 
     total: Tensor
     cross_entropy: Tensor
     contrastive: Tensor | None
 
     def parts(self) -> dict[str, Tensor]:
-        """By the names of the log, those that there are."""
+        """Returns the parts that there are, by their names in the log."""
         named = {"loss": self.total, "cross_entropy": self.cross_entropy, "contrastive": self.contrastive}
         return {name: part for name, part in named.items() if part is not None}
 
@@ -30,8 +30,8 @@ class LossParts(NamedTuple):
 class Objective(nn.Module):
     """The loss of a configuration for class_counts [C], over the batches of all processes together.
 
-    Every process gets the same values; the gradients are what DistributedDataParallel expects, which divides by their
-    number.
+    Every process gets the same values. The gradients are scaled for DistributedDataParallel, which divides by the
+    number of processes.
     """
 
     def __init__(self, config: Config, class_counts: Tensor) -> None:
@@ -49,7 +49,7 @@ class Objective(nn.Module):
             )
 
     def forward(self, outputs: Outputs, labels: Tensor) -> LossParts:
-        cross_entropy = distributed.mean(self.cross_entropy(outputs.logits, labels), self._weight(labels))
+        cross_entropy = distributed.all_reduce_mean(self.cross_entropy(outputs.logits, labels), self._weight(labels))
         if self.contrastive is None:
             return LossParts(self.options.alpha * cross_entropy, cross_entropy, None)
         contrastive = self.contrastive(outputs.embeddings, labels, outputs.prototypes)
@@ -57,14 +57,14 @@ class Objective(nn.Module):
         return LossParts(total, cross_entropy, contrastive)
 
     def _weight(self, labels: Tensor) -> Tensor:
-        """What these images weigh in a mean over all processes' images: LDAM's weigh by class, others 1 each."""
+        """Returns the weight of these images in a mean over all processes' images: with LDAM by class, else 1 each."""
         if isinstance(self.cross_entropy, LDAM):
             return self.cross_entropy.class_weights[labels].sum()
         return labels.new_full((), len(labels))
 
 
 def build_cross_entropy(config: Config, class_counts: Tensor) -> nn.Module:
-    """The cross-entropy side: a baseline by its name, logit adjustment beside every contrastive loss."""
+    """Returns the cross-entropy side: a baseline by its name, logit adjustment beside every contrastive loss."""
     name = config.loss.loss
     if name == "ce":
         return CrossEntropy()
@@ -80,14 +80,14 @@ def build_cross_entropy(config: Config, class_counts: Tensor) -> nn.Module:
 
 
 def starts_compression(config: Config, epoch: int) -> bool:
-    """Whether features are compressed from this epoch (from 0) on: never before one epoch was validated."""
+    """Returns whether features are compressed from this epoch (from 0) on: never before one epoch was validated."""
     rebalances = config.contrastive and PRESETS[config.loss.loss].rebalance
     start = max(1, config.epoch_of(config.loss.compression_from))
     return rebalances and config.loss.compression and epoch == start
 
 
 def compress(objective: Objective, class_accuracy: Tensor) -> str:
-    """Set each class's factor by its validation accuracy [C]; says how many classes got which."""
+    """Sets each class's factor by its validation accuracy [C]; returns a sentence with how many classes got which."""
     assert objective.contrastive is not None
     options = objective.options
     failing = int((class_accuracy < options.compression_threshold).sum())
@@ -108,5 +108,5 @@ def compress(objective: Objective, class_accuracy: Tensor) -> str:
 
 
 def reweights(config: Config, epoch: int) -> bool:
-    """Whether LDAM's deferred re-weighting is on in this epoch (from 0)."""
+    """Returns whether LDAM's deferred re-weighting is on in this epoch (from 0)."""
     return config.loss.loss == "ldam_drw" and epoch >= config.epoch_of(config.loss.drw_from)

@@ -13,7 +13,7 @@ from rcl_fast.train.options import OptimizationOptions
 
 
 def build_optimizer(options: OptimizationOptions, model: nn.Module) -> SGD:
-    """SGD over every parameter, decay included, as the recipes have it."""
+    """Returns SGD over every parameter, with weight decay on each, as in the recipes."""
     parameters = list(model.parameters())
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)  # one kernel for all of them
     optimizer = SGD(
@@ -24,7 +24,7 @@ def build_optimizer(options: OptimizationOptions, model: nn.Module) -> SGD:
 
 
 def restore(optimizer: SGD, state: dict[str, Any]) -> None:
-    """Go on from a checkpoint's state; how updates are computed is this machine's affair."""
+    """Loads a checkpoint's state, but for how updates are computed: that depends on this machine."""
     fused = optimizer.defaults["fused"]
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
@@ -33,10 +33,11 @@ def restore(optimizer: SGD, state: dict[str, Any]) -> None:
 
 
 def _lay_out_momentum(optimizer: SGD) -> None:
-    """In the parameters' memory layout, as the fused kernel goes by the order of memory; zero where there is none.
+    """Gives each parameter a momentum buffer in its own memory layout; the fused kernel goes by the order of memory.
 
-    From zero, the first step is what it would be without. That kernel makes the buffers in the first step, and leaves
-    them uninitialised where fp16's scaling skips it; a CUDA graph has no first step at all.
+    A new buffer is zero, with which the first step is the same as without a buffer. The fused kernel would make the
+    buffers in the first step, and leave them uninitialised where fp16's scaling skips that step. A CUDA graph has no
+    first step of its own.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -48,7 +49,7 @@ def _lay_out_momentum(optimizer: SGD) -> None:
 
 
 def build_schedule(options: OptimizationOptions, optimizer: SGD) -> LRScheduler:
-    """Per epoch: linear warm-up, then steps or a cosine; step it once after each epoch."""
+    """Returns the schedule by epochs: linear warm-up, then steps or a cosine. Step it once after each epoch."""
     warmup = min(options.warmup_epochs, options.epochs - 1)
     if options.schedule == "steps":
         milestones = [round(share * options.epochs) - warmup for share in options.milestones]
@@ -57,6 +58,6 @@ def build_schedule(options: OptimizationOptions, optimizer: SGD) -> LRScheduler:
         main = CosineAnnealingLR(optimizer, T_max=options.epochs - warmup)
     if warmup == 0:
         return main
-    # The first epoch runs at 1/warmup of the rate, the epoch after the warm-up at all of it.
+    # The first epoch runs at 1/warmup of the rate, the last of the warm-up and the one after it at the full rate.
     ramp = LinearLR(optimizer, start_factor=1 / warmup, end_factor=1.0, total_iters=max(1, warmup - 1))
     return SequentialLR(optimizer, [ramp, main], milestones=[warmup])

@@ -1,1 +1,1 @@
-"""What a run reached: metrics.json, tables, and the report that opens in a browser."""
+"""The results of a run: metrics.json, tables, and the report that opens in a browser."""

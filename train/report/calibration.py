@@ -1,5 +1,7 @@
 """The report's figures of confidence: reliability diagram and histogram."""
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,7 +12,7 @@ from rcl_fast.train.report.style import BLUE, GREY, GRID, SKY, VERMILLION, Panel
 
 
 def reliability_diagram(bins: NDArray[np.floating] | None) -> Panel:
-    """Accuracy against confidence, in bins [M, 3] of it (Guo et al., ICML 2017, figure 1)."""
+    """Draws accuracy against confidence, from its bins [M, 3] (Guo et al., ICML 2017, figure 1)."""
     title = "Reliability"
     if bins is None or not bins[:, 0].any():
         return Panel(title, style.absent("confidence of a test image"), None)
@@ -55,7 +57,7 @@ _OF_BIN = "%{y:.1f} % right<br>mean confidence %{customdata[1]:.1f} %<br>%{custo
 
 
 def confidence_histogram(bins: NDArray[np.floating] | None) -> Panel:
-    """How many test images each bin [M, 3] of the reliability diagram has."""
+    """Draws the share of the test images in each bin [M, 3] of the reliability diagram."""
     title = "Confidence"
     if bins is None or not bins[:, 0].any():
         return Panel(title, style.absent("confidence of a test image"), None)

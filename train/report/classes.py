@@ -1,5 +1,7 @@
 """The report's figures of classes: accuracy beside class counts, confusion."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -17,7 +19,7 @@ CONFUSION_BINS = 100
 
 
 def class_accuracies(names: list[str], counts: Sequence[int], accuracies: NDArray[np.float64]) -> Panel:
-    """Accuracy of each class above its number of training images, classes sorted by that number."""
+    """Draws the accuracy of each class above its number of training images, by which the classes are sorted."""
     title = "Accuracy of each class"
     if np.isnan(accuracies).all():
         return Panel(title, style.absent("accuracy of a class"), None)
@@ -77,7 +79,7 @@ def class_accuracies(names: list[str], counts: Sequence[int], accuracies: NDArra
 
 
 def _rolling_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Mean of the finite values among `window` neighbours, fewer at the ends [C]."""
+    """Returns for each value [C] the mean of the finite ones among `window` neighbours, fewer at the ends."""
     known = np.isfinite(values)
     ones = np.ones(window)
     sums = np.convolve(np.where(known, values, 0), ones, mode="same")
@@ -86,7 +88,7 @@ def _rolling_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float6
 
 
 def confusion_matrix(names: list[str], counts: Sequence[int], confusion: NDArray[np.integer]) -> Panel:
-    """Share of each true class (row) that was predicted as each class (column), in bins where classes are many."""
+    """Draws the share of each true class (row) predicted as each class (column), in bins where classes are many."""
     title = "Confusion"
     if not confusion.any():
         return Panel(title, "No figure: no test image was classified.", None)
@@ -98,7 +100,7 @@ def confusion_matrix(names: list[str], counts: Sequence[int], confusion: NDArray
     totals = images.sum(axis=1, keepdims=True)
     share = np.divide(100 * images, totals, out=np.full(images.shape, np.nan), where=totals > 0)
 
-    # Categories are text that no class name can double, as two names may look the same to plotly.
+    # Categories are texts made unique by the rank: two class names may look the same to plotly.
     labels = [_bin_label([names[order[rank]] for rank in members], members) for members in bins]
     step = 1 if len(bins) <= NAMED_TICKS else math.ceil(len(bins) / 10)
     if len(bins) <= NAMED_TICKS:

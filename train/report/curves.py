@@ -1,5 +1,7 @@
 """The report's curves over epochs."""
 
+from __future__ import annotations
+
 import math
 from typing import Literal, NamedTuple
 
@@ -32,9 +34,9 @@ def _curves(
     label: Literal["top", "middle", "bottom"],
     scale: float = 1,
 ) -> go.Figure | None:
-    """The curves that the history holds, over epochs; None when it holds none of them.
+    """Draws those of the curves that the history holds, over epochs; returns None where it holds none.
 
-    `label` is where these curves leave room for the best epoch's label.
+    `label`: where these curves leave room for the best epoch's label.
     """
     figure = style.figure(hovermode="x unified", xaxis_title_text="epoch", yaxis_title_text=axis)
     rows = np.arange(1, len(history) + 1)
@@ -69,7 +71,7 @@ def _curves(
 
 
 def accuracy_curves(history: list[dict[str, float]], best_epoch: float, selected_on: str | None) -> Panel:
-    """Balanced accuracy, harmonic mean and the groups' accuracies, in percent."""
+    """Draws balanced accuracy, harmonic mean and the groups' accuracies, in percent."""
     curves = [
         Curve("balanced_accuracy", "balanced accuracy", PURPLE),
         Curve("harmonic_mean", "harmonic mean", ORANGE, "dash"),
@@ -85,7 +87,7 @@ def accuracy_curves(history: list[dict[str, float]], best_epoch: float, selected
 
 
 def loss_curves(history: list[dict[str, float]], best_epoch: float) -> Panel:
-    """The loss that is minimised, and its two parts."""
+    """Draws the loss that is minimised, and its two parts."""
     curves = [
         Curve("loss", "total", PURPLE),
         Curve("cross_entropy", "cross-entropy", SKY),
@@ -97,7 +99,7 @@ def loss_curves(history: list[dict[str, float]], best_epoch: float) -> Panel:
 
 
 def learning_rate_curve(history: list[dict[str, float]], best_epoch: float) -> Panel:
-    """The learning rate of each epoch."""
+    """Draws the learning rate of each epoch."""
     curves = [Curve("learning_rate", "learning rate", GREY)]
     figure = _curves(history, curves, best_epoch, axis="learning rate", hover="%{y:.5g}", label="middle")
     if figure:

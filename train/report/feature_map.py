@@ -1,5 +1,7 @@
 """The report's map of the embeddings, by t-SNE."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +16,7 @@ from rcl_fast.train.report import style
 from rcl_fast.train.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RANK_SCALE, SKY, VERMILLION, Panel
 
 CLASS_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, GREY)
-CLASS_SYMBOLS = ("circle", "diamond", "x")  # with the colours: 21 looks for the at most 20 classes of a legend
+CLASS_SYMBOLS = ("circle", "diamond", "x")  # with 7 colours: 21 combinations, for a legend of at most 20 classes
 LEGEND_CLASSES = 20
 EMBEDDED_POINTS = 2_000
 EMBEDDED_MINIMUM = 5
@@ -26,7 +28,7 @@ def embedding_map(
     embeddings: NDArray[np.floating] | None,
     labels: NDArray[np.integer] | None,
 ) -> Panel:
-    """The features in two dimensions, a colour a class; beyond 20 classes the colour is the class's rank."""
+    """Draws the features in two dimensions, with a colour for each class; beyond 20 classes it shows their rank."""
     title = "Features of the test images"
     if embeddings is None or labels is None:
         return Panel(title, "No figure: the run kept no features.", None)
@@ -101,21 +103,21 @@ def _add_ranks(
 
 
 def balanced_subset(labels: NDArray[np.integer], size: int) -> NDArray[np.intp]:
-    """At most `size` indices into `labels`, as evenly over the classes as they allow; the same ones every time."""
+    """Returns at most `size` indices into `labels`, as evenly over the classes as possible; always the same ones."""
     tie = np.random.default_rng(0).permutation(len(labels))
     by_class = np.lexsort((tie, labels))
     _, starts, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
-    turn = np.arange(len(labels)) - np.repeat(starts, sizes)  # every class gives its first image, then its second
+    turn = np.arange(len(labels)) - np.repeat(starts, sizes)  # first each class's first image, then its second
     return np.sort(by_class[np.lexsort((tie[by_class], turn))[:size]])
 
 
 def tsne(features: NDArray[np.floating]) -> NDArray[np.float64] | None:
-    """`features` [n >= 5, D] in two dimensions [n, 2]; None when they are all the same direction."""
+    """Maps `features` [n >= 5, D] to two dimensions [n, 2]; returns None where all have the same direction."""
     unit = normalize(features.astype(np.float64))
     if unit.std(axis=0).max() < 1e-9:
         return None
     reduced = PCA(min(50, *unit.shape), random_state=0).fit_transform(unit)
     flat = np.pad(reduced, ((0, 0), (0, max(0, 2 - reduced.shape[1]))))  # t-SNE starts from two components
     perplexity = min(30.0, (len(flat) - 1) / 3)
-    with threadpool_limits(1):  # the same picture whatever the cores, which a training machine keeps busy anyway
+    with threadpool_limits(1):  # the same picture for any number of cores; training keeps the others busy anyway
         return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat).astype(np.float64)

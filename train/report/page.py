@@ -1,5 +1,7 @@
 """The report: one HTML file that opens offline, with every figure drawn by an inlined plotly.js."""
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from rcl_fast.train.report.style import Panel
 
 @dataclass(frozen=True)
 class Report:
-    """What one run has to tell. Accuracies are fractions 0..1; a number that is not known is None or NaN.
+    """The content of one run's report. Accuracies are fractions 0..1; a number that is not known is None or NaN.
 
     `class_counts` are training images per class; `confusion` [C, C] counts test images (rows true, columns predicted);
     `embeddings` [n, D] are backbone features of test images and `embedding_labels` [n] their classes; `reliability`
@@ -86,12 +88,12 @@ def _template() -> jinja2.Template:
 def _check(report: Report) -> None:
     classes = len(report.class_names)
     accuracies = report.metrics.get("per_class_accuracy")
-    found = {
+    shapes = {
         "class_counts": (len(report.class_counts),),
         "confusion": report.confusion.shape,
         "metrics['per_class_accuracy']": (classes if accuracies is None else len(accuracies),),
     }
-    for field, shape in found.items():
+    for field, shape in shapes.items():
         if any(size != classes for size in shape):
             raise ValueError(
                 f"Report.{field} has shape {shape}, but class_names has {classes} names: "
@@ -121,7 +123,7 @@ def _panels(report: Report) -> dict[str, Panel]:
 
 
 def _accuracies(report: Report) -> NDArray[np.float64]:
-    """Accuracy of each class [C], NaN where unknown."""
+    """Returns the accuracy of each class [C], NaN where it is not known."""
     values = report.metrics.get("per_class_accuracy")
     if values is None:
         return np.full(len(report.class_names), np.nan)
@@ -192,14 +194,14 @@ def _facts(metrics: dict[str, Any]) -> dict[str, str]:
 
 
 def _tables(config: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """The configuration's sections, each flattened; what stands outside a section comes first."""
+    """Returns the configuration's sections, each flattened; values outside of a section come first."""
     loose = {key: value for key, value in config.items() if not isinstance(value, dict)}
     sections = {key: value for key, value in config.items() if isinstance(value, dict)}
     return {name: _flatten(values) for name, values in {"general": loose, **sections}.items() if values}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested `values` as {dotted name: text}."""
+    """Returns nested `values` as {dotted name: text}."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -1,4 +1,6 @@
-"""What the report's figures share: colours, texts of numbers, panels."""
+"""Shared parts of the report's figures: colours, texts of numbers, panels."""
+
+from __future__ import annotations
 
 import html
 import math
@@ -28,7 +30,7 @@ NAMED_TICKS = 30  # more class names than this do not fit an axis
 
 
 class Group(NamedTuple):
-    """Classes alike in their number of training images, in the literature's bounds."""
+    """The classes with similar numbers of training images, by the literature's bounds."""
 
     name: str
     images: str
@@ -45,7 +47,7 @@ class Panel(NamedTuple):
 
 
 def number(value: Any) -> float:
-    """`value` as a float; NaN for None, infinities and whatever is no number."""
+    """Returns `value` as a float; NaN for None, infinities and whatever is not a number."""
     try:
         as_float = float(value)
     except (TypeError, ValueError):
@@ -63,14 +65,14 @@ def percent(fraction: Any) -> str:
 
 
 def plural(count: float, noun: str, nouns: str | None = None) -> str:
-    """`count` things in words: "no class", "1 class", "1,200 classes"."""
+    """Returns `count` things in words: "no class", "1 class", "1,200 classes"."""
     if count == 0:
         return f"no {noun}"
     return f"{count:,.0f} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def by_count(counts: Sequence[int]) -> NDArray[np.intp]:
-    """The classes from most to fewest training images [C]."""
+    """Returns the classes [C] from most to fewest training images."""
     return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
 
 
@@ -89,7 +91,7 @@ def groups(counts: Sequence[int]) -> list[Group]:
 
 
 def label(name: str, width: int | None = None) -> str:
-    """A class name as plotly shall show it: plotly reads a few HTML tags and entities in any text."""
+    """Returns a class name that plotly shows as it is: plotly reads a few HTML tags and entities in any text."""
     return html.escape(name if width is None or len(name) <= width else name[: width - 1] + "…", quote=False)
 
 
@@ -98,7 +100,7 @@ def figure(**layout: Any) -> go.Figure:
 
 
 def styled(figure: go.Figure, **layout: Any) -> go.Figure:
-    """The look all figures share; fonts and the colours of light and dark pages are the page's to set."""
+    """Gives a figure the look that all share; the page sets fonts and the colours of light and dark pages."""
     figure.update_layout(
         template="none",
         paper_bgcolor="rgba(0, 0, 0, 0)",

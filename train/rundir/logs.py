@@ -1,22 +1,23 @@
-"""What a person watches and what a program reads: the progress bar, metrics.jsonl, TensorBoard's scalars."""
+"""The logs of a run: the progress bar, a line for each epoch, metrics.jsonl, TensorBoard's scalars."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from rich.console import Console
+import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from rcl_fast.train.runtime.files import write_lines
 
+_logger = logging.getLogger(__name__)
+
 
 class Log(Protocol):
-    """What training tells of itself."""
-
-    def say(self, text: str) -> None: ...
+    """What training reports its progress to."""
 
     def step_ended(
         self, epoch: int, steps_per_epoch: int, losses: dict[str, float], images_per_second: float
@@ -26,10 +27,7 @@ class Log(Protocol):
 
 
 class SilentLog:
-    """The Log of every process but the main one."""
-
-    def say(self, text: str) -> None:
-        pass
+    """The Log of every process but the main one, which does nothing."""
 
     def step_ended(self, epoch: int, steps_per_epoch: int, losses: dict[str, float], images_per_second: float) -> None:
         pass
@@ -39,12 +37,11 @@ class SilentLog:
 
 
 class RunLog:
-    """The log of one run, in its folder; use it as a context manager."""
+    """The Log of the main process: the bar, and files in the run's folder; use it as a context manager."""
 
-    def __init__(self, folder: Path, epochs: int, epochs_done: int, console: Console) -> None:
+    def __init__(self, folder: Path, epochs: int, epochs_done: int) -> None:
         self._folder = folder
         self._epochs = epochs
-        self._console = console
         self._tensorboard = SummaryWriter(str(folder), purge_step=epochs_done + 1)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -53,7 +50,7 @@ class RunLog:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
+            console=rich.get_console(),
             transient=True,
         )
         self._task = self._progress.add_task("starting", total=None, status="")
@@ -68,11 +65,8 @@ class RunLog:
         self._progress.stop()
         self._tensorboard.close()
 
-    def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
-
     def step_ended(self, epoch: int, steps_per_epoch: int, losses: dict[str, float], images_per_second: float) -> None:
-        """Move the bar by a step of epoch (from 0); `losses` are the epoch's means so far."""
+        """Moves the bar by a step of `epoch` (from 0); `losses` are the epoch's means so far."""
         task = self._progress.tasks[0]
         if task.total is None:
             self._progress.reset(self._task, total=(self._epochs - epoch) * steps_per_epoch)
@@ -85,10 +79,10 @@ class RunLog:
         )
 
     def epoch_ended(self, history: list[dict[str, Any]], is_best: bool) -> None:
-        """Keep the last row: a line for the person, metrics.jsonl, TensorBoard."""
+        """Writes the last row of the history to the log, metrics.jsonl and TensorBoard."""
         row = history[-1]
         groups = "  ".join(f"{name} {row[name]:.1%}" for name in ("many", "medium", "few") if row[name] is not None)
-        self.say(
+        _logger.info(
             f"epoch {row['epoch']:>3}/{self._epochs}  loss {row['loss']:.3f}  "
             f"balanced {row['balanced_accuracy']:.1%}  {groups}  {row['images_per_second']:,.0f} img/s"
             + (f" ({row['waiting_for_data']:.0%} of the time in the loader)" if row["waiting_for_data"] > 0.1 else "")

@@ -1,4 +1,4 @@
-"""status.json: what became of a run, for the script that started it. torchrun's own exit status doesn't tell."""
+"""status.json: how a run ended, for the script that started it, as torchrun's exit status doesn't tell."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.files import write_text
 
 FILE = "status.json"
-Status = Literal["running", "preempted", "interrupted", "finished", "failed"]
+Status = Literal["running", "preempted", "interrupted", "finished", "diverged", "failed"]
 
 _NEXT = {
     "running": "if no process of it is left, it was killed: go on with --resume {folder}",
     "preempted": "a signal stopped it and it saved itself: go on with --resume {folder}",
     "interrupted": "Ctrl-C stopped it: go on with --resume {folder}",
     "finished": "nothing is left to do",
+    "diverged": "its loss or weights were no longer finite: start anew, with a lower --lr perhaps",
     "failed": "mend what the error says, then go on with --resume {folder}",
 }
 
 
 def write(folder: Path, status: Status) -> None:
-    """Of the main process; raises OSError."""
+    """Writes the status, on the main process alone. Raises OSError."""
     if distributed.is_main():
         content = {"status": status, "next": _NEXT[status].format(folder=folder)}
         write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def read(folder: Path) -> str | None:
-    """What became of the run in that folder; None where nothing says so."""
+    """Returns the status of the run in that folder; None where there is none to read."""
     try:
         return json.loads((folder / FILE).read_text(encoding="utf-8"))["status"]
     except (OSError, ValueError, KeyError):
@@ -38,6 +39,6 @@ def read(folder: Path) -> str | None:
 
 
 def write_if_possible(folder: Path, status: Status) -> None:
-    """The same where the disk may be what failed."""
+    """Writes the status, but ignores an OSError: the disk may be what failed."""
     with suppress(OSError):
         write(folder, status)

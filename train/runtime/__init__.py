@@ -1,1 +1,1 @@
-"""The machine, its processes, random state, signals, and files: what knows nothing of training."""
+"""Devices, processes, threads, random state, signals and files: modules that know nothing of training."""

@@ -1,4 +1,7 @@
-"""The processes of a run: torchrun starts them, here they meet. One process needs no torchrun and no group."""
+"""The processes of a run: torchrun starts them, and this module connects them. One process needs neither.
+
+Every function named after a collective of torch.distributed is one: all processes must call it, in the same order.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,29 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from rcl_fast.train.errors import EndedByMain, UserError
+
 T = TypeVar("T")
 
-# What torchrun sets for each process, and what init_process_group reads.
+# Variables that torchrun sets for each process; this module and torch's rendezvous read them.
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
-def joined(device: torch.device, timeout_minutes: float) -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group: NCCL for a GPU's tensors, gloo for the CPU's.
+def init_process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
+    """Makes one group of the processes that torchrun started: NCCL for a GPU's tensors, gloo for the CPU's.
 
-    A process that waits for another for longer than the time-out fails. Raises SystemExit without torchrun's variables.
+    A process that waits for another for longer than the time-out fails. Raises UserError without torchrun's variables.
     """
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # NCCL, events and graphs are of the current one
+        torch.cuda.set_device(device)  # NCCL, events and graphs belong to the current device
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:
         yield
         return
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
-        raise SystemExit(
+        raise UserError(
             f"WORLD_SIZE is {started}, for training on several processes, but {', '.join(missing)} is not set: start "
             f"them with torchrun --nproc-per-node {started} train/run.py ..., or unset WORLD_SIZE for one"
         )
@@ -47,116 +52,121 @@ def joined(device: torch.device, timeout_minutes: float) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it may wait for processes that are gone
 
 
-def world() -> int:
-    """How many processes train together."""
+def world_size() -> int:
+    """Returns how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This one's number, from 0."""
+    """Returns this process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one process that prints and writes."""
+    """Returns whether this is the one process that prints and writes."""
     return rank() == 0
 
 
 def group() -> Any:
-    """The group of all processes, as `contrastive_loss` takes it; None for one process."""
-    return dist.group.WORLD if world() > 1 else None
+    """Returns the group of all processes, as `contrastive_loss` takes it; None for one process."""
+    return dist.group.WORLD if world_size() > 1 else None
 
 
 def local_rank() -> int | None:
-    """This process's number on its machine, before they have met too; None where it is the only one of the run."""
+    """Returns this process's number on its machine, even before there is a group; None in a run of one process."""
     return int(os.environ.get("LOCAL_RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
-def totals(*counts: int) -> list[int]:
-    """Each count summed over all processes. Flags too: how many processes raise them."""
-    if world() == 1:
+def all_reduce_counts(*counts: int) -> list[int]:
+    """Returns each count summed over all processes; for a flag, that is the number of processes where it is true."""
+    if world_size() == 1:
         return [int(count) for count in counts]
-    summed = torch.tensor([int(count) for count in counts])
-    dist.all_reduce(summed)
-    return summed.tolist()
+    sums = torch.tensor([int(count) for count in counts])
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
-def summed(tensor: Tensor) -> Tensor:
-    """The sum of all processes' tensors, in place."""
-    if world() > 1:
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sums a tensor over all processes, in place, and returns it."""
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def from_main(value: T) -> T:
-    """The main process's value, on all."""
-    if world() == 1:
+def all_reduce_mean(local_mean: Tensor, weight: Tensor) -> Tensor:
+    """Returns the mean over all processes of a scalar that is, in each, a mean over images with the weight `weight`.
+
+    All processes get the same value. As with contrastive_loss(group=...), the gradient is W times the true one;
+    DistributedDataParallel then divides it by W.
+    """
+    return local_mean if world_size() == 1 else _AllReduceMean.apply(local_mean, weight)
+
+
+class _AllReduceMean(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, local_mean: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(local_mean)
+        total = torch.stack([local_mean * weight, weight])
+        dist.all_reduce(total)
+        context.save_for_backward(weight * world_size() / total[1])
+        return total[0] / total[1]
+
+    @staticmethod
+    def backward(context: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (share,) = context.saved_tensors
+        return grad_outputs[0] * share, None
+
+
+def broadcast_object(value: T) -> T:
+    """Returns the main process's value, in every process."""
+    if world_size() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
 
 
-def gathered(value: T) -> list[T]:
-    """All processes' values by rank, on all."""
-    if world() == 1:
-        return [value]
-    values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def gathered_on_main(value: T) -> list[T]:
-    """All processes' values by rank, on the main one; elsewhere this process's alone."""
-    if world() == 1:
-        return [value]
-    values: list[Any] | None = [None] * world() if is_main() else None
-    dist.gather_object(value, values)
-    return [value] if values is None else values
-
-
-def on_main(function: Callable[[], T]) -> T:
-    """What `function` returns, called on the main process alone. Where it ends the run (SystemExit), all end."""
-    value, stop = None, None
-    if is_main():
-        try:
-            value = function()
-        except SystemExit as error:
-            stop = error
-    value, stopped = from_main((value, stop is not None))
-    if stop is not None:
-        raise stop
-    if stopped:
-        raise SystemExit(1)  # the main process says why
-    return value  # type: ignore[return-value]  # that of function
-
-
-def take_buffers_of_main(model: torch.nn.Module) -> None:
-    """Each process's BatchNorm has statistics of its own images: those of the main one are taken everywhere."""
-    if world() > 1:
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Copies the main process's buffers to all: each process has BatchNorm statistics of its own images."""
+    if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def mean(of_mine: Tensor, weight: Tensor) -> Tensor:
-    """The mean over all processes of a scalar that is a mean over this one's images, which together weigh `weight`.
+def all_gather_object(value: T) -> list[T]:
+    """Returns all processes' values by rank, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
-    All processes get the same value. As with contrastive_loss(group=...), the gradient is W times the true one, so that
-    DistributedDataParallel's division by W leaves exactly one process's.
+
+def gather_object(value: T) -> list[T]:
+    """Returns all processes' values by rank on the main one, and elsewhere this process's alone."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return [value] if values is None else values
+
+
+def run_on_main(function: Callable[[], T]) -> T:
+    """Calls `function` on the main process alone and returns its value in every process.
+
+    Raises:
+        UserError: on the main process, where the function raised it.
+        EndedByMain: then on the others.
     """
-    return of_mine if world() == 1 else _Mean.apply(of_mine, weight)
-
-
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, of_mine: Tensor, weight: Tensor) -> Tensor:
-        weight = weight.to(of_mine)
-        total = torch.stack([of_mine * weight, weight])
-        dist.all_reduce(total)
-        context.save_for_backward(weight * world() / total[1])
-        return total[0] / total[1]
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (share,) = context.saved_tensors
-        return gradients[0] * share, None
+    value, refused = None, None
+    if is_main():
+        try:
+            value = function()
+        except UserError as error:
+            refused = error
+    value, ended = broadcast_object((value, refused is not None))
+    if refused is not None:
+        raise refused
+    if ended:
+        raise EndedByMain
+    return value  # type: ignore[return-value]  # the function's value

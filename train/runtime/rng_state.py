@@ -1,4 +1,4 @@
-"""The state of every random generator that a network or a loader may draw from."""
+"""The state of every random generator that a network or a loader may use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """Of torch (CPU and this process's GPU), Python and NumPy, as tensors and plain values."""
+    """Returns the state of torch (CPU and this process's GPU), Python and NumPy, as tensors and plain values."""
     name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002  # the global one
     return {
         "torch": torch.get_rng_state(),
@@ -23,15 +23,15 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def kept(device: torch.device) -> Iterator[None]:
-    """What is drawn inside is drawn again afterwards."""
+def preserved(device: torch.device) -> Iterator[None]:
+    """Restores the state afterwards: the random numbers used inside come again."""
     before = state(device)
     yield
     restore(before, device)
 
 
 def restore(saved: dict[str, Any], device: torch.device) -> None:
-    """Go on as from `state`; a GPU's generator stays as it is where the state is one of a CPU."""
+    """Restores what `state` returned; a GPU's generator stays as it is where that was the state of a CPU."""
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(saved["cuda"], device)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: a scheduler takes the machine away, and the run is to save itself at the next step."""
+"""SIGTERM and SIGUSR1: a scheduler takes the machine away, and the run has to save itself at the next step."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from types import FrameType
 from rcl_fast.train.runtime import distributed
 
 
-class Preempted(Exception):
-    """A signal came, and what can be saved has been."""
-
-
 def never() -> bool:
-    """For a run that no signal stops."""
+    """Returns False, as the `should_stop` of a run that no signal stops."""
     return False
 
 
 @contextmanager
-def listening() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and SIGUSR1 are noted; gives the function that says whether one has come to this process.
+def handle_signals() -> Iterator[Callable[[], bool]]:
+    """Records SIGTERM and SIGUSR1; gives a function that returns whether this process has received one.
 
-    Of several processes, Ctrl-C counts as such a signal too: torchrun passes it on to all of them.
+    With several processes, Ctrl-C counts as such a signal too: torchrun passes it on to all of them.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield never
         return
     main, received = os.getpid(), []
@@ -36,7 +32,7 @@ def listening() -> Iterator[Callable[[], bool]]:
         if os.getpid() == main:  # a worker process that was forked has this handler too
             received.append(number)
 
-    numbers = [signal.SIGTERM, signal.SIGUSR1] + [signal.SIGINT] * (distributed.world() > 1)
+    numbers = [signal.SIGTERM, signal.SIGUSR1] + [signal.SIGINT] * (distributed.world_size() > 1)
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(received)

@@ -13,19 +13,19 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cpus(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """The CPUs of this process's affinity, but no more than the quota of its cgroup or of one above it; at least 1.
+    """Returns the number of CPUs of this process's affinity, limited by the quotas of its cgroups; at least 1.
 
     Args:
-        cgroups, membership: where Linux shows them; elsewhere they are missing, and there is no quota.
+        cgroups, membership: where Linux shows them; other systems have neither, and no quota.
     """
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([there, *(int(quota) for quota in _quotas(cgroups, membership))]))
 
 
 def share_cpus() -> None:
-    """Has PyTorch use as many threads as `usable_cpus`, shared by this machine's processes; OMP_NUM_THREADS goes first.
+    """Limits PyTorch's threads to `usable_cpus`, shared by this machine's processes, unless OMP_NUM_THREADS is set.
 
-    PyTorch's own number knows the affinity and the cores, so it is only ever made smaller.
+    PyTorch's own number respects the affinity and the cores, so it is only ever made smaller.
     """
     if "OMP_NUM_THREADS" in os.environ:  # torchrun sets it, too
         return
@@ -35,7 +35,7 @@ def share_cpus() -> None:
 
 
 def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
-    """In CPUs, of this process's cgroup and those above it, by either version of cgroups."""
+    """Gives the quotas, in CPUs, of this process's cgroup and those above it, in either version of cgroups."""
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -54,7 +54,7 @@ def _quotas_above(root: Path, path: str, read: Callable[[Path], tuple[int, int]]
     for folder in (own, *own.parents[: len(own.relative_to(root).parts)]):
         try:
             quota, period = read(folder)
-        except (OSError, ValueError):  # no such file, or "max": no quota
+        except (OSError, ValueError):  # no such file, or "max", which is no quota
             continue
         if quota > 0:
             yield quota / period

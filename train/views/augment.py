@@ -1,6 +1,6 @@
-"""Whole batches of views in PyTorch, as Pillow makes them one by one: the same bits wherever its arithmetic allows.
+"""Whole batches of views in PyTorch, as Pillow makes them one by one: the same bits, where its arithmetic allows it.
 
-Between operations, pixels are whole numbers held as float32, which processors are faster with than with bytes.
+Between operations, pixels are whole numbers held as float32: processors are faster with these than with bytes.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rcl_fast.train.views.params import NUMBER, Draws, Plan, resized_boxes
+from rcl_fast.train.views.params import NUMBER, Plan, ViewParams, resized_boxes
 
 RGB = tuple[int, int, int]
 BLACK: RGB = (0, 0, 0)
 
 
-def augment(images: Tensor, plan: Plan, draws: Draws, side: int) -> Tensor:
-    """The views that were drawn: uint8 [B, 3, H, W] -> uint8 [B, 3, side, side], on the same device.
+def augment(images: Tensor, plan: Plan, params: ViewParams, side: int) -> Tensor:
+    """Returns the views with these random parameters: uint8 [B, 3, H, W] -> uint8 [B, 3, side, side], on that device.
 
-    On a GPU the host waits for nothing, and no shape depends on the draws. Without a crop, H and W have to be `side`.
+    On a GPU the host waits for nothing, and no shape depends on the parameters. Without a crop, H and W must be `side`.
     """
-    views = _cropped(images, plan, draws, side)
+    views = _cropped(images, plan, params, side)
     for slot, names in enumerate(plan.slots):
-        views = _operated(views, names, draws.operations[:, slot], draws.magnitudes[:, slot], plan)
+        views = _operated(views, names, params.operations[:, slot], params.magnitudes[:, slot], plan)
     if plan.affine:
-        degrees, right, down, scale = draws.affine.double().unbind(1)
-        views = _bytes(_bilinear(views.float(), _about_center(side, side, degrees, right, down, scale), BLACK))
-    return views * _outside_square(draws.cutout, plan.cutout, side) if plan.cutout else views
+        degrees, right, down, scale = params.affine.double().unbind(1)
+        views = _bytes(_bilinear(views.float(), _about_centre(side, side, degrees, right, down, scale), BLACK))
+    return views * _outside_square(params.cutout, plan.cutout, side) if plan.cutout else views
 
 
 def resize_center_crop(images: Tensor, resize: int, side: int) -> Tensor:
-    """The shorter side resized to `resize`, then the middle: uint8 [B, 3, H, W] -> uint8 [B, 3, side, side]."""
+    """Resizes the shorter side to `resize` and cuts out the middle: uint8 [B, 3, H, W] -> uint8 [B, 3, side, side]."""
     shorter = min(images.shape[2:])
     rows, columns = (
         _middle(length, int(resize * length / shorter), side, images.device).expand(len(images), -1, -1)
@@ -43,30 +43,30 @@ def resize_center_crop(images: Tensor, resize: int, side: int) -> Tensor:
 
 
 def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32, channels last in memory; `mean` and `std` [3], of values from 0 to 1."""
+    """Normalises uint8 [B, 3, H, W] to float32, channels last in memory; `mean` and `std` [3] are in 0 to 1."""
     values = images.float().div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
     return values.contiguous(memory_format=torch.channels_last)
 
 
-def _cropped(images: Tensor, plan: Plan, draws: Draws, side: int) -> Tensor:
+def _cropped(images: Tensor, plan: Plan, params: ViewParams, side: int) -> Tensor:
     if plan.crop == "none":
         return images.clone()
     height, width = images.shape[2:]
     row = torch.arange(side, device=images.device).expand(len(images), -1)
-    column = torch.where(draws.flip[:, None], side - 1 - row, row)
+    column = torch.where(params.flip[:, None], side - 1 - row, row)
     if plan.crop == "padded":
         top, left = (
-            (draws.place[:, axis, None] * (length + 2 * plan.padding - side + 1)).long() - plan.padding
+            (params.place[:, axis, None] * (length + 2 * plan.padding - side + 1)).long() - plan.padding
             for axis, length in enumerate((height, width))
         )
         return _picked(images, (top + row)[:, :, None], (left + column)[:, None, :], BLACK)
-    full = torch.ones_like(draws.place[:, 0])
-    top, left, rows, columns = resized_boxes(draws, plan.ratio, height * full, width * full).float().unbind(1)
+    full = torch.ones_like(params.place[:, 0])
+    top, left, rows, columns = resized_boxes(params, plan.ratio, height * full, width * full).float().unbind(1)
     return _resampled(images, _triangles(row, top, rows, side, height), _triangles(column, left, columns, side, width))
 
 
 def _middle(length: int, resized: int, side: int, device: torch.device) -> Tensor:
-    """Weights [1, side, length] of the middle `side` of `resized` pixels, with black beyond them, as CenterCrop."""
+    """Returns weights [1, side, length] of the middle `side` of `resized` pixels; black beyond, as in CenterCrop."""
     start = round((resized - side) / 2) if resized >= side else -((side - resized) // 2)
     at = torch.arange(start, start + side, device=device)[None]
     first, whole = torch.zeros(1, device=device), torch.full((1,), float(length), device=device)
@@ -75,45 +75,45 @@ def _middle(length: int, resized: int, side: int, device: torch.device) -> Tenso
 
 
 def _triangles(at: Tensor, start: Tensor, length: Tensor, resized: int, inputs: int) -> Tensor:
-    """Weights [B, S, inputs] of Pillow's bilinear resizing, which averages where it shrinks.
+    """Returns the weights [B, S, inputs] of Pillow's bilinear resizing, which averages where it shrinks.
 
-    Of the pixels `at` [B, S] of the `resized` that are made of `length` [B] pixels from `start` [B] on.
+    It resizes the `length` [B] pixels from `start` [B] on to `resized`; the weights are of its pixels `at` [B, S].
     """
     scale = (length / resized)[:, None]
     pixel = torch.arange(inputs, device=at.device)
-    center = start[:, None] + (at + 0.5) * scale - 0.5
-    distance = (pixel - center[:, :, None]).abs_() / scale.clamp(min=1)[:, :, None]
+    centre = start[:, None] + (at + 0.5) * scale - 0.5
+    distance = (pixel - centre[:, :, None]).abs_() / scale.clamp(min=1)[:, :, None]
     inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
     weights = (1 - distance).clamp_(min=0).mul_(inside[:, None])
     return weights.div_(weights.sum(2, keepdim=True))
 
 
 def _resampled(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Weights `rows` [B, S, H] and `columns` [B, S, W] applied to uint8 [B, 3, H, W], giving uint8 [B, 3, S, S]."""
+    """Applies weights `rows` [B, S, H] and `columns` [B, S, W] to uint8 [B, 3, H, W]; returns uint8 [B, 3, S, S]."""
     at_once = 64 if images.device.type == "cpu" else len(images)  # what a core's cache holds
     parts = zip(images.split(at_once), rows.split(at_once), columns.split(at_once), strict=True)
     return torch.cat([_both_ways(*part) for part in parts])
 
 
 def _both_ways(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    lines = images.transpose(1, 2)  # one product serves the three colors when they lie between rows and columns
+    lines = images.transpose(1, 2)  # with the colours between rows and columns, one product serves all three
     wide = (lines.flatten(1, 2).float() @ columns.mT).add_(0.5).floor_()  # Pillow rounds here too
     made = _bytes((rows @ wide.unflatten(1, lines.shape[1:3]).flatten(2)).add_(0.5))
     return made.unflatten(2, (images.shape[1], -1)).transpose(1, 2).contiguous()
 
 
 def _bytes(pixels: Tensor) -> Tensor:
-    """uint8, without the fraction; straight to uint8 takes a CPU four times longer."""
+    """Returns uint8, without the fraction; a cast straight to uint8 takes a CPU four times as long."""
     return pixels.to(torch.int16).to(torch.uint8)
 
 
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Float32 pixels [b, 3, H, W], which it may overwrite, operations and magnitudes [b, 1, 1, 1] -> pixels, which may
-have a fraction to be cut off."""
+"""(float32 pixels [b, 3, H, W], operations and magnitudes [b, 1, 1, 1]) -> pixels, whose fraction is cut off after. It
+may overwrite its input."""
 
 
 def _operated(views: Tensor, names: tuple[str, ...], operations: Tensor, magnitudes: Tensor, plan: Plan) -> Tensor:
-    """One operation on each view, `operations` int64 [B] being among `names`, or the identity."""
+    """Applies one operation to each view: `operations` int64 [B] are among `names`, or the identity."""
     changes: list[tuple[frozenset[str], Change]] = [
         (family, partial(change, plan)) for family, change in _FAMILIES if not family.isdisjoint(names)
     ]
@@ -125,7 +125,7 @@ def _operated(views: Tensor, names: tuple[str, ...], operations: Tensor, magnitu
 def _family_by_family(
     views: Tensor, changes: list[tuple[frozenset[str], Change]], operations: Tensor, magnitudes: Tensor
 ) -> Tensor:
-    """Each family of operations on its own views only. A GPU would have to be waited for, to know how many."""
+    """Applies each family of operations to its own views only. On a GPU, counting these would make the host wait."""
     number = torch.zeros_like(operations)
     for k, (family, _) in enumerate(changes, start=1):
         number += k * _among(family, operations)
@@ -142,7 +142,7 @@ def _family_by_family(
 def _every_family(
     views: Tensor, changes: list[tuple[frozenset[str], Change]], operations: Tensor, magnitudes: Tensor
 ) -> Tensor:
-    """Each family of operations on all views, to keep those that it was drawn for: no shape depends on the draws."""
+    """Applies each family of operations to all views and keeps the result for its own, so that all shapes are fixed."""
     for family, change in changes:
         chosen = _among(family, operations)[:, None, None, None]
         views = torch.where(chosen, _changed(change, views, operations, magnitudes), views)
@@ -162,19 +162,19 @@ def _is(name: str, operations: Tensor) -> Tensor:
 
 
 def _gray(pixels: Tensor) -> Tensor:
-    """[B, 1, H, W], as Pillow's mode L. Below 2^24, where float32 holds every whole number."""
+    """Returns [B, 1, H, W], as Pillow's mode L. The sums stay below 2^24, where float32 holds every whole number."""
     red, green, blue = pixels.split(1, 1)
     weighted = (19595 * red).add_(green, alpha=38470).add_(blue, alpha=7471)
     return weighted.add_(2**15).mul_(2**-16).floor_()
 
 
 def _mixed(start: Tensor, pixels: Tensor, factors: Tensor) -> Tensor:
-    """`start` at factor 0, `pixels`, which it overwrites, at 1, and beyond."""
+    """Returns `start` for factor 0, `pixels` for 1, and extrapolates beyond, all clamped. Overwrites `pixels`."""
     return pixels.sub_(start).mul_(factors).add_(start).clamp_(0, 255)
 
 
 def _blended(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
-    """Brightness, contrast, saturation, and gray, which is none of the last."""
+    """Changes brightness, contrast or saturation, or turns gray, which is saturation with factor 0."""
     gray = _gray(pixels)
     mean = (gray.mean((1, 2, 3), dtype=torch.float64, keepdim=True) + 0.5).floor().float()
     of_brightness, of_contrast = (_is(name, operations).float() for name in ("brightness", "contrast"))
@@ -183,7 +183,7 @@ def _blended(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tensor)
 
 
 def _sharpened(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
-    """From Pillow's SMOOTH filter, which weighs the middle by 5 of 13; it leaves the border alone."""
+    """Changes sharpness relative to Pillow's SMOOTH filter, which weighs the middle by 5/13 and leaves the border."""
     rows = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
     around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     middle = pixels[:, :, 1:-1, 1:-1]
@@ -193,21 +193,21 @@ def _sharpened(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tenso
 
 
 def _shifted_hue(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
-    """In Pillow's HSV, which is whole numbers from 0 to 255."""
+    """Shifts the hue in Pillow's HSV, which has whole numbers from 0 to 255."""
     value, least = pixels.amax(1, keepdim=True), pixels.amin(1, keepdim=True)
     spread = value - least
     saturation = (spread / value.clamp(min=1)).mul_(255).floor_()
     shift = (magnitudes.double() * 255).trunc().float()
     hue = _without_whole((_hue(pixels, value, spread) + shift).div_(256))
-    center = 255 + 170 * torch.arange(3, device=pixels.device)[:, None, None]
-    share = (512 * hue - center).abs_().sub_(255).abs_().sub_(85).clamp_(0, 85)  # of the saturation, in 85ths
+    centre = 255 + 170 * torch.arange(3, device=pixels.device)[:, None, None]
+    share = (512 * hue - centre).abs_().sub_(255).abs_().sub_(85).clamp_(0, 85)  # of the saturation, in 85ths
     return (255 * 85 - share.mul_(saturation)).mul_(value).div_(255 * 85).add_(0.5)
 
 
 def _hue(pixels: Tensor, value: Tensor, spread: Tensor) -> Tensor:
-    """[B, 1, H, W] from 0 to 255, of pixels whose largest channel is `value`, and `spread` larger than the least."""
+    """Returns the hue [B, 1, H, W], from 0 to 255; `value` is the largest channel, `spread` that less the least one."""
     red, green, blue = ((value - pixels) / spread.clamp(min=1)).split(1, 1)
-    # 1 for the channel that is the largest, the first of equals, else 0: comparing would take longer.
+    # 1 for the largest channel (of equal ones the first), else 0; comparisons would be slower.
     is_red, is_green, _ = (pixels - value).add_(1).clamp_(min=0).split(1, 1)
     is_green = is_green * (1 - is_red)
     is_blue = 1 - is_red - is_green
@@ -222,11 +222,11 @@ def _without_whole(turns: Tensor) -> Tensor:
 
 
 def _looked_up(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
-    """What maps each value of a channel to another one, wherever it is: a table [B, 3, 256], then one look-up."""
+    """Applies an operation that maps each value of a channel to another: by a table [B, 3, 256] and one look-up."""
     index = pixels.flatten(2).long()
     operations, magnitudes = operations[..., 0], magnitudes[..., 0]
     values = torch.arange(256, dtype=torch.float32, device=pixels.device)
-    lost = (1 << (8 - magnitudes.long().clamp(0, 8))).float()  # values that posterize makes one
+    lost = (1 << (8 - magnitudes.long().clamp(0, 8))).float()  # how many values posterize maps to one
     darkest, brightest = pixels.flatten(2).amin(2, keepdim=True), pixels.flatten(2).amax(2, keepdim=True)
     table = values
     for name, changed in (
@@ -242,15 +242,15 @@ def _looked_up(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tenso
 
 
 def _stretched(values: Tensor, darkest: Tensor, brightest: Tensor) -> Tensor:
-    """[B, 3, 256]: from darkest to 0 and brightest to 255."""
+    """Returns the table [B, 3, 256] that maps `darkest` to 0 and `brightest` to 255."""
     spread = (brightest - darkest).clamp(min=1).double()
-    scale = torch.full_like(spread, 255) / spread  # a number over a tensor is rounded twice
+    scale = torch.full_like(spread, 255) / spread  # not 255 / spread, which torch rounds twice
     stretched = (values * scale - darkest * scale).clamp_(0, 255).floor_().float()
     return torch.where(brightest > darkest, stretched, values)
 
 
 def _equalized(values: Tensor, index: Tensor) -> Tensor:
-    """[B, 3, 256], each value to the share of pixels below it, of `index` [B, 3, pixels]; as Pillow rounds it."""
+    """Returns the table [B, 3, 256] that maps a value to the share of `index` [B, 3, pixels] below it, as in Pillow."""
     pixels = index.shape[2]
     counts = torch.zeros(*index.shape[:2], 256, device=index.device)
     counts.scatter_add_(2, index, torch.ones((), device=index.device).expand_as(index))
@@ -272,13 +272,13 @@ def _moved(plan: Plan, pixels: Tensor, operations: Tensor, magnitudes: Tensor) -
         for name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
     )
     height, width = pixels.shape[2:]
-    a, b, c, d, e, f = _about_center(height, width, -degrees, right * 0, down * 0, torch.ones_like(right))
+    a, b, c, d, e, f = _about_centre(height, width, -degrees, right * 0, down * 0, torch.ones_like(right))
     matrix = a, b + shear_x, c + right, d + shear_y, e, f + down
     return (_nearest if plan.nearest else _bilinear)(pixels, matrix, plan.fill)
 
 
-def _about_center(height: int, width: int, degrees: Tensor, right: Tensor, down: Tensor, scale: Tensor) -> Matrix:
-    """Turned clockwise and scaled about the center, then shifted."""
+def _about_centre(height: int, width: int, degrees: Tensor, right: Tensor, down: Tensor, scale: Tensor) -> Matrix:
+    """Returns the matrix that turns clockwise and scales about the centre, then shifts."""
     radians = degrees.deg2rad()
     cos, sin = radians.cos() / scale, radians.sin() / scale
     x, y = width / 2, height / 2
@@ -286,14 +286,17 @@ def _about_center(height: int, width: int, degrees: Tensor, right: Tensor, down:
 
 
 def _nearest(pixels: Tensor, matrix: Matrix, fill: RGB) -> Tensor:
-    """Positions in 65,536ths of a pixel, as in Pillow."""
+    """Reads the nearest pixel; positions are in 65,536ths of a pixel, as in Pillow."""
     row, column = _grid(pixels)
     a, b, c, d, e, f = ((65536 * part + 0.5).floor().long()[:, None, None] for part in _from_middles(matrix))
     return _picked(pixels, (d * column + e * row + f) >> 16, (a * column + b * row + c) >> 16, fill)
 
 
 def _bilinear(pixels: Tensor, matrix: Matrix, fill: RGB) -> Tensor:
-    """Float64, for Pillow cuts the fraction off: the least error would show where the sum is a whole number."""
+    """Reads by bilinear interpolation.
+
+    The positions and sums are float64: Pillow cuts the fraction off, so the least error below a whole number shows.
+    """
     row, column = (step + 0.5 for step in _grid(pixels))
     a, b, c, d, e, f = (part[:, None, None] for part in matrix)
     x, y = a * column + b * row + c, d * column + e * row + f
@@ -303,7 +306,7 @@ def _bilinear(pixels: Tensor, matrix: Matrix, fill: RGB) -> Tensor:
     from_left, from_top = (x - 0.5 - left)[:, None], (y - 0.5 - top)[:, None]
     left, top = left.long(), top.long()
     upper, lower = (_between(_at(pixels, row, left), _at(pixels, row, left + 1), from_left) for row in (top, top + 1))
-    return torch.where(inside[:, None], _between(upper, lower, from_top).floor().float(), _color(pixels, fill))
+    return torch.where(inside[:, None], _between(upper, lower, from_top).floor().float(), _colour(pixels, fill))
 
 
 def _grid(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,7 +315,7 @@ def _grid(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_middles(matrix: Matrix) -> Matrix:
-    """The matrix for whole x and y, which stand for the middles of the pixels."""
+    """Returns the matrix for whole x and y, which stand for the middles of the pixels."""
     a, b, c, d, e, f = matrix
     return a, b, c + a / 2 + b / 2, d, e, f + d / 2 + e / 2
 
@@ -322,29 +325,29 @@ def _between(start: Tensor, end: Tensor, part: Tensor) -> Tensor:
 
 
 def _picked(pixels: Tensor, row: Tensor, column: Tensor, fill: RGB) -> Tensor:
-    """The pixels [B, 3, S, S] at `row` and `column`, together [B, S, S]; `fill` outside of the image."""
-    color = _color(pixels, fill)
-    framed = functional.pad(pixels - color, (1, 1, 1, 1))
-    return _at(framed, row + 1, column + 1).add_(color)
+    """Returns the pixels [B, 3, S, S] at `row` and `column`, broadcast to [B, S, S]; `fill` outside of the image."""
+    colour = _colour(pixels, fill)
+    framed = functional.pad(pixels - colour, (1, 1, 1, 1))
+    return _at(framed, row + 1, column + 1).add_(colour)
 
 
 def _at(pixels: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The pixels [B, 3, S, S] at `row` and `column`, together [B, S, S]; outside, those of the border."""
+    """Returns the pixels [B, 3, S, S] at `row` and `column`, broadcast to [B, S, S]; outside, those of the border."""
     height, width = pixels.shape[2:]
     index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
     picked = pixels.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, 3, -1))
     return picked.unflatten(2, index.shape[1:])
 
 
-def _color(pixels: Tensor, color: RGB) -> Tensor:
-    """[3, 1, 1]; a tensor made of a list would have to wait for the GPU."""
-    return torch.cat([pixels.new_full((1, 1, 1), value) for value in color])
+def _colour(pixels: Tensor, colour: RGB) -> Tensor:
+    """Returns the colour as [3, 1, 1]; making a tensor of a list would wait for the GPU."""
+    return torch.cat([pixels.new_full((1, 1, 1), value) for value in colour])
 
 
-def _outside_square(center: Tensor, width: int, side: int) -> Tensor:
-    """uint8 [B, 1, side, side]: 0 in the square of `width` about the pixel that `center` [B, 2] falls in, else 1."""
-    start = (center * side).floor()[:, :, None] - width // 2
-    step = torch.arange(side, device=center.device)
+def _outside_square(centre: Tensor, width: int, side: int) -> Tensor:
+    """Returns uint8 [B, 1, side, side]: 0 in the square of `width` about the pixel of `centre` [B, 2], else 1."""
+    start = (centre * side).floor()[:, :, None] - width // 2
+    step = torch.arange(side, device=centre.device)
     rows, columns = ((step >= start) & (step < start + width)).to(torch.uint8).unbind(1)
     return (1 - rows[:, :, None] * columns[:, None, :])[:, None]
 

@@ -1,9 +1,11 @@
 """Views as DALI graphs, on the CPU or a GPU: uint8 images [H, W, 3] in and out, between operations as with Pillow.
 
-Nothing here is random: what `params.draw` drew comes in with each image. The values are Pillow's to a rounding, which
-DALI's own contrast (about 128), hue (in YIQ), equalize (OpenCV's) and resized regions (they see beyond their border)
-are not.
+Nothing here is random: the parameters from `params.sample_params` come in with each image. The values are Pillow's to a
+rounding. DALI's own operations differ from Pillow's: contrast is about 128, hue is in YIQ, equalize is OpenCV's, and
+resized regions see beyond their border.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -16,7 +18,7 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
 from rcl_fast.train.options import ViewKind, ViewOptions
-from rcl_fast.train.views.params import CROP_ATTEMPTS, NUMBER, OPERATIONS, Draws, Plan, plan
+from rcl_fast.train.views.params import CROP_ATTEMPTS, NUMBER, OPERATIONS, Plan, ViewParams, plan_view
 
 Node: TypeAlias = DataNode
 
@@ -27,47 +29,47 @@ _ROUND = 1.5 * 2**52  # adding and subtracting it rounds a float64 to even, as P
 
 
 def check(kinds: Sequence[ViewKind], options: ViewOptions) -> None:
-    """Raises ValueError for views that are not to be had here."""
-    names = {name for kind in kinds for slot in plan(kind, options).slots for name in slot}
+    """Raises ValueError for views that can't be made here."""
+    names = {name for kind in kinds for slot in plan_view(kind, options).slots for name in slot}
     if "hue" in names and options.jitter[3] > 1 / 6:
         raise ValueError(f"--jitter: a hue of {options.jitter[3]} is above 1/6, which needs --loader torchvision")
 
 
-def given(planned: Plan, draws: Draws, size: int) -> dict[str, Tensor]:
-    """What the graph of a view needs for each of B images, by name: a pure function of the draws.
+def given(planned: Plan, params: ViewParams, size: int) -> dict[str, Tensor]:
+    """Returns what the graph of a view needs for each of B images, by name: a pure function of the random parameters.
 
     The names depend on the plan alone. `size`: side of the view, in pixels.
     """
-    flip = draws.flip.float()
+    flip = params.flip.float()
     inputs = {}
     if planned.crop != "none":
-        inputs["place"] = draws.place
+        inputs["place"] = params.place
     if planned.crop == "resized":
         inputs |= {
-            "areas": draws.areas,
-            "ratios": draws.ratios,
+            "areas": params.areas,
+            "ratios": params.ratios,
             "left": torch.stack([torch.zeros_like(flip), flip], dim=1),
             "right": torch.stack([torch.ones_like(flip), 1 - flip], dim=1),
         }
     elif planned.flips:
-        inputs["flip"] = draws.flip.int()
-    numbers, magnitudes = with_hue_gathered(planned, draws.operations, draws.magnitudes)
+        inputs["flip"] = params.flip.int()
+    numbers, magnitudes = with_hue_gathered(planned, params.operations, params.magnitudes)
     matrices = operation_matrices(numbers, magnitudes, size)
     for slot, names in enumerate(slots(planned)):
         inputs[f"number {slot}"] = numbers[:, slot].int()
-        if set(names) - WITHOUT_MAGNITUDE:  # DALI warns of what nobody reads
+        if set(names) - WITHOUT_MAGNITUDE:  # DALI warns of inputs that are not read
             inputs[f"magnitude {slot}"] = magnitudes[:, slot]
         if set(names) & set(GEOMETRY):
             inputs[f"matrix {slot}"] = matrices[:, slot]
     if planned.affine:
-        inputs["affine"] = affine_matrices(draws.affine, size)
+        inputs["affine"] = affine_matrices(params.affine, size)
     if planned.cutout:
-        inputs["cutout"] = ((draws.cutout * size).floor() - planned.cutout // 2).float()
+        inputs["cutout"] = ((params.cutout * size).floor() - planned.cutout // 2).float()
     return {name: tensor.contiguous() for name, tensor in inputs.items()}
 
 
 def random_view(images: Node, planned: Plan, options: ViewOptions, inputs: dict[str, Node]) -> Node:
-    """A view [S, S, 3] of images of any size; `inputs` as `given` makes them."""
+    """Makes a view [S, S, 3] of images of any size; `inputs` are what `given` returns."""
     size = options.image_size
     if planned.crop == "resized":
         images = resized_crop(images, planned, size, inputs)
@@ -86,7 +88,7 @@ def random_view(images: Node, planned: Plan, options: ViewOptions, inputs: dict[
 
 
 def evaluation_view(images: Node, options: ViewOptions) -> Node:
-    """The middle [S, S, 3] of an image, resized first where the options say so; black where it is smaller."""
+    """Makes the view for evaluation: the middle [S, S, 3], after resizing where the options say so; black beyond."""
     size = options.image_size
     if options.evaluation == "resize_center_crop":
         sides = images.shape()[:2]
@@ -99,13 +101,13 @@ def evaluation_view(images: Node, options: ViewOptions) -> Node:
 
 
 def normalized(images: Node, options: ViewOptions) -> Node:
-    """float32 [S, S, 3], to be permuted into channels_last."""
+    """Normalises to float32 [S, S, 3], which is then permuted into channels_last."""
     mean, std = [255 * value for value in options.mean], [255 * value for value in options.std]
     return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="HWC", mean=mean, std=std)
 
 
 def resized_crop(images: Node, planned: Plan, size: int, inputs: dict[str, Node]) -> Node:
-    """The drawn box, resized and flipped; cut out first, since a region of interest would see beyond its border."""
+    """Cuts out the sampled box, resizes and flips it. A region of interest would see beyond the box's border."""
     start, extent = resized_box(images.shape(), planned.ratio, inputs["areas"], inputs["ratios"], inputs["place"])
     box = fn.slice(images, start=start, shape=extent, axes=(0, 1))
     return fn.resize(
@@ -114,7 +116,7 @@ def resized_crop(images: Node, planned: Plan, size: int, inputs: dict[str, Node]
 
 
 def resized_box(shape: Node, ratio: tuple[float, float], areas: Node, ratios: Node, place: Node) -> tuple[Node, Node]:
-    """(top, left) and (height, width), int32: `params.resized_boxes`, value by value, for a size known only here."""
+    """Returns (top, left) and (height, width), int32, as `params.resized_boxes` does; the size is known only here."""
     rows, columns = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
     area = rows * columns * areas
     w, h = _rounded(dali_math.sqrt(area * ratios)), _rounded(dali_math.sqrt(area / ratios))
@@ -136,16 +138,16 @@ def resized_box(shape: Node, ratio: tuple[float, float], areas: Node, ratios: No
 
 
 def padded_crop(images: Node, padding: int, size: int, place: Node) -> Node:
-    """S x S of the image within its black border."""
+    """Cuts S x S pixels out of the image within its black border."""
     places = images.shape()[:2] + (2 * padding - size + 1)
     start = fn.cast(dali_math.floor(place * places), dtype=types.INT32) - padding
     return fn.slice(images, start=start, shape=(size, size), axes=(0, 1), out_of_bounds_policy="pad")
 
 
 def slots(planned: Plan) -> tuple[tuple[str, ...], ...]:
-    """The plan's slots, with one for hue alone between those of colour jitter's operations before it and after it.
+    """Returns the plan's slots, with hue in a slot of its own, between colour jitter's operations before and after it.
 
-    Hue is as much work as all the others, which is shared better when all the images come at once.
+    Hue is as much work as all the others together, and all images at once share it out better.
     """
     jitter = [slot for slot in planned.slots if "hue" in slot]
     if len(jitter) < 2:
@@ -155,7 +157,7 @@ def slots(planned: Plan) -> tuple[tuple[str, ...], ...]:
 
 
 def with_hue_gathered(planned: Plan, numbers: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers and magnitudes [B, slots] of the plan's slots, laid out for `slots`: the same operations in order."""
+    """Returns numbers and magnitudes [B, slots] laid out for `slots`: the same operations in the same order."""
     count = sum("hue" in slot for slot in planned.slots)
     if count < 2:
         return numbers, magnitudes
@@ -172,7 +174,7 @@ def with_hue_gathered(planned: Plan, numbers: Tensor, magnitudes: Tensor) -> tup
 
 
 def _one_by_one(images: Node, planned: Plan, inputs: dict[str, Node]) -> Node:
-    """The operation of each slot that was drawn for each image, or none."""
+    """Applies, slot by slot, the operation that was sampled for each image, if any."""
     for slot, names in enumerate(slots(planned)):
         number = inputs[f"number {slot}"]
         magnitude = inputs.get(f"magnitude {slot}", number)
@@ -195,7 +197,7 @@ def brightness(images: Node, factor: Node) -> Node:
 
 
 def contrast(images: Node, factor: Node) -> Node:
-    """About the mean gray. DALI's own takes that from the CPU, where a GPU's would have to be waited for."""
+    """Changes contrast about the mean gray. DALI's own takes the mean from the CPU, and a GPU would have to wait."""
     mean = dali_math.floor(fn.reductions.mean(_gray(images)) + 0.5)
     factor = _beside(images, factor)
     return fn.cast(images * factor + (mean - mean * factor), dtype=types.UINT8)
@@ -206,10 +208,11 @@ def saturation(images: Node, factor: Node) -> Node:
 
 
 def hue(images: Node, turns: Node) -> Node:
-    """Turns by at most 1/6, in HSV: the largest and the smallest value of a pixel stay what they are.
+    """Turns the hue by at most 1/6, in HSV: the largest and the smallest value of a pixel stay what they are.
 
-    Turned forward, red goes `step` down from the largest value once green is above blue, or `step` up from the smallest
-    one below it, as far as it is away from green; so do green and blue. Backward: with red and blue exchanged.
+    Turned forward, red becomes `largest - step` where green is at least blue, else `smallest + step`, to which it adds
+    red - green, within those two values; green and blue do the same in turn. Turning backward is the same with red and
+    blue exchanged.
     """
     backward = turns < 0
     if backward:
@@ -236,7 +239,7 @@ def gray(images: Node, _: Node) -> Node:
 
 
 def auto_contrast(images: Node, _: Node) -> Node:
-    """Each channel stretched to 0 to 255; one of a single value stays as it is."""
+    """Stretches each channel to 0 to 255; a channel of a single value stays as it is."""
     low = fn.reductions.min(images, axes=(0, 1), keep_dims=True)
     spread = fn.reductions.max(images, axes=(0, 1), keep_dims=True) - low
     flat = spread == 0
@@ -245,7 +248,7 @@ def auto_contrast(images: Node, _: Node) -> Node:
 
 
 def equalize(images: Node, _: Node) -> Node:
-    """Pillow's counts the pixels below a value, DALI's those up to it: the same thing of the negative.
+    """Equalises each channel. Pillow counts the pixels below a value, DALI those up to it: the same on the negative.
 
     Pillow's step is a whole number of pixels, which stretches small images further; where it is 0, the channel stays.
     """
@@ -272,12 +275,12 @@ def solarize(images: Node, threshold: Node) -> Node:
 
 
 def solarize_add(images: Node, added: Node) -> Node:
-    """`added`: at most 128."""
+    """Adds `added`, at most 128, to the values below 128."""
     return images + (images < 128) * _beside(images, fn.cast(added, dtype=types.UINT8))
 
 
 def sharpness(images: Node, factor: Node) -> Node:
-    """Away from what Pillow's SMOOTH makes of the image, which leaves its border as it is."""
+    """Changes sharpness relative to Pillow's SMOOTH filter, which leaves the border as it is."""
     sides = images.shape(dtype=types.INT32)[:2]
     inside = fn.filter(images, types.Constant(_SMOOTH, device=images.device), mode="valid")
     inside = fn.slice(inside, start=(-1, -1), shape=sides, axes=(0, 1), out_of_bounds_policy="pad")
@@ -302,7 +305,7 @@ COLOURS: dict[str, Callable[[Node, Node], Node]] = {
 
 
 def warp(images: Node, matrix: Node, nearest: bool, fill: tuple[int, int, int]) -> Node:
-    """`matrix` [2, 3] says where (x, y) is read from; `fill` where that is outside, without a seam, as Pillow does."""
+    """Reads (x, y) from where `matrix` [2, 3] says; `fill` where that is outside, without a seam, as in Pillow."""
     if nearest and not any(fill):
         return fn.warp_affine(images, matrix=matrix, interp_type=types.INTERP_NN, fill_value=0)
     inside = fn.warp_affine(fn.ones_like(images), matrix=matrix, interp_type=types.INTERP_NN, fill_value=0)
@@ -312,7 +315,7 @@ def warp(images: Node, matrix: Node, nearest: bool, fill: tuple[int, int, int]) 
 
 
 def operation_matrices(numbers: Tensor, magnitudes: Tensor, size: int) -> Tensor:
-    """float32 [..., 2, 3] for `warp` of images of that side; the identity where the operation is not geometry."""
+    """Returns the matrices for `warp`, float32 [..., 2, 3], of images of side `size`; the identity without geometry."""
 
     def only(name: str) -> Tensor:
         return torch.where(numbers == NUMBER[name], magnitudes.double(), 0)
@@ -324,7 +327,7 @@ def operation_matrices(numbers: Tensor, magnitudes: Tensor, size: int) -> Tensor
 
 
 def affine_matrices(affine: Tensor, size: int) -> Tensor:
-    """float32 [B, 2, 3] for `warp` of images of that side, from `Draws.affine`."""
+    """Returns the matrices for `warp`, float32 [B, 2, 3], of images of side `size`, from `ViewParams.affine`."""
     degrees, columns, rows, scale = affine.double().unbind(1)
     matrices = _about_the_middle(-torch.deg2rad(degrees), scale, size)
     shift = matrices[:, :, :2] @ torch.stack([columns, rows], dim=1)[:, :, None]
@@ -332,7 +335,7 @@ def affine_matrices(affine: Tensor, size: int) -> Tensor:
 
 
 def _about_the_middle(radians: Tensor, scale: Tensor, size: int) -> Tensor:
-    """float64 [..., 2, 3]: a turn, counter-clockwise, and an enlargement."""
+    """Returns the matrices, float64 [..., 2, 3], of a counter-clockwise turn and an enlargement about the middle."""
     cos, sin = radians.cos() / scale, radians.sin() / scale
     middle = size / 2
     x = [cos, -sin, middle * (1 - cos + sin)]
@@ -341,7 +344,7 @@ def _about_the_middle(radians: Tensor, scale: Tensor, size: int) -> Tensor:
 
 
 def _gray(images: Node) -> Node:
-    """[H, W, 1]."""
+    """Returns the image in gray, [H, W, 1]."""
     return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
 
 
@@ -350,12 +353,12 @@ def _exchange_red_and_blue(images: Node) -> Node:
 
 
 def _beside(images: Node, values: Node) -> Node:
-    """Values that came from the CPU, where the images are: operators with both would copy them there unasked."""
+    """Returns values from the CPU on the images' device; an operator given both would copy them without being asked."""
     return values.gpu() if images.device == "gpu" else values
 
 
 def _blend(base: Node, images: Node, factor: Node) -> Node:
-    """base + factor · (images − base), rounded once: a filter of two rows, which OpenCV is fastest with on the CPU."""
+    """Returns base + factor · (images − base), rounded once: by a filter of two rows, OpenCV's fastest way on a CPU."""
     weights = fn.reshape(fn.stack(factor, 1 - factor), shape=[2, 1])
     rows = fn.reshape(fn.cat(images, base, axis=0), shape=[2, -1, 3], layout="HWC")
     blended = fn.filter(rows, _beside(images, weights), mode="valid")
@@ -363,13 +366,13 @@ def _blend(base: Node, images: Node, factor: Node) -> Node:
 
 
 def _rounded(values: Node) -> Node:
-    """float64, halves to even."""
+    """Rounds float64 values, halves to even."""
     return (values + _double(_ROUND)) - _double(_ROUND)
 
 
 def _only(values: Node, chosen: Node) -> Node:
-    """The one of the float64 values, each a whole number, that is chosen."""
-    value = fn.reductions.sum(fn.cast(values * chosen, dtype=types.FLOAT))  # it takes no float64
+    """Returns the one of the float64 values, which are whole numbers, that is chosen."""
+    value = fn.reductions.sum(fn.cast(values * chosen, dtype=types.FLOAT))  # `sum` takes no float64
     return fn.cast(value, dtype=types.FLOAT64)
 
 

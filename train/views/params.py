@@ -1,16 +1,19 @@
-"""The random choices of a view, as tensors: a pure function of (seed, epoch, index, view).
+"""The random parameters of a view, as tensors: a pure function of (seed, epoch, index, view).
 
-The device and DALI loaders carry out what is drawn here. The torchvision loader draws inside its transforms;
+The device and DALI loaders carry out what is sampled here. The torchvision loader samples inside its transforms;
 tests/train/views/test_params.py holds the distributions to torchvision's and timm's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import v2
@@ -19,7 +22,8 @@ from rcl_fast.train.options import ViewKind, ViewOptions
 from rcl_fast.train.views import rng
 from rcl_fast.train.views.rng import Uniform
 
-# What an operation's magnitude is. Geometry says where an output pixel is read from, about the image's corner (Pillow).
+# The operations, and what the magnitude of each means. As in Pillow, a geometric one maps an output pixel to the place
+# that it is read from, with the origin in the image's corner.
 OPERATIONS = (
     "identity",
     "brightness",  # factor
@@ -42,29 +46,29 @@ OPERATIONS = (
 )
 NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 JITTER = ("brightness", "contrast", "saturation", "hue")
-CROP_ATTEMPTS = 10  # torchvision's, before a resized crop takes the middle of the image
+CROP_ATTEMPTS = 10  # as in torchvision: where all fail, a resized crop takes the middle of the image
 
 
 class Plan(NamedTuple):
-    """What a kind of view consists of, in this order; everything about it that is not random."""
+    """The steps of a kind of view, in this order, and all that is not random in them."""
 
     crop: Literal["none", "padded", "resized"]
     flips: bool
     scale: tuple[float, float]  # share of the area that a resized crop takes
     ratio: tuple[float, float]  # width over height of a resized crop
-    slots: tuple[tuple[str, ...], ...]  # one operation each: the ones that it may be, "identity" aside
+    slots: tuple[tuple[str, ...], ...]  # places for one operation: the operations possible there besides "identity"
     nearest: bool  # geometry takes the nearest pixel, not a bilinear mean
-    fill: tuple[int, int, int]  # red, green, blue of what geometry moves in
+    fill: tuple[int, int, int]  # red, green, blue of pixels that geometry reads from outside the image
     affine: bool  # a small shift, turn and scaling about the centre, bilinear, black outside
     cutout: int  # side of the black square, in pixels; 0: none
     padding: int  # black border that a padded crop is taken from, in pixels
 
 
-class Draws(NamedTuple):
-    """What is random in a view of B images. A tensor that the plan has no use for is empty: [B, 0]."""
+class ViewParams(NamedTuple):
+    """The random parameters of a view of B images. A tensor that the plan has no use for is empty: [B, 0]."""
 
-    areas: Tensor  # float32 [B, 10]: share of the image's area, of each attempt at a resized crop
-    ratios: Tensor  # float32 [B, 10]: its width over its height
+    areas: Tensor  # float32 [B, 10]: share of the image's area, for each attempt at a resized crop
+    ratios: Tensor  # float32 [B, 10]: width over height, for each attempt
     place: Tensor  # float64 [B, 2] in [0, 1): row and column of the crop, among all that fit
     flip: Tensor  # bool [B]
     operations: Tensor  # int64 [B, slots]: numbers in OPERATIONS
@@ -74,8 +78,8 @@ class Draws(NamedTuple):
 
 
 @cache
-def plan(kind: ViewKind, options: ViewOptions) -> Plan:
-    """The plan of a kind of view. Raises ValueError for a RandAugment that only timm itself carries out."""
+def plan_view(kind: ViewKind, options: ViewOptions) -> Plan:
+    """Returns the plan of a kind of view. Raises ValueError for a RandAugment that only timm itself carries out."""
     base = Plan("none", False, options.crop_scale, (3 / 4, 4 / 3), (), True, (0, 0, 0), False, 0, 0)
     if kind == "digits":
         return base._replace(affine=True)
@@ -99,12 +103,14 @@ def plan(kind: ViewKind, options: ViewOptions) -> Plan:
     raise ValueError(f"unknown kind of view {kind!r}: expected one of {', '.join(get_args(ViewKind))}")
 
 
-def draw(kind: ViewKind, options: ViewOptions, *, seed: int, epoch: int | Tensor, index: Tensor, view: int) -> Draws:
-    """The choices for view number `view` (0 for x1) of the images `index` int64 [B], on its device.
+def sample_params(
+    kind: ViewKind, options: ViewOptions, *, seed: int, epoch: int | Tensor, index: Tensor, view: int
+) -> ViewParams:
+    """Returns the random parameters of view number `view` (0 for x1) of the images `index` int64 [B], on its device.
 
-    `epoch` may be int64 [], there too: what is compiled or captured once then serves every epoch.
+    `epoch` may be a tensor int64 [] on that device: what is compiled or captured once then serves every epoch.
     """
-    planned = plan(kind, options)
+    planned = plan_view(kind, options)
     uniform = rng.uniforms(seed, epoch, index, view)
     none = torch.empty(len(index), 0, device=index.device)
     resized = planned.crop == "resized"
@@ -115,22 +121,24 @@ def draw(kind: ViewKind, options: ViewOptions, *, seed: int, epoch: int | Tensor
     operations, magnitudes = _operations(kind, options, uniform)
     affine = _small_affine(uniform, options.image_size) if planned.affine else none
     cutout = uniform(2) if planned.cutout else none
-    return Draws(areas.float(), ratios.float(), place, flip, operations, magnitudes.float(), affine.float(), cutout)
+    return ViewParams(
+        areas.float(), ratios.float(), place, flip, operations, magnitudes.float(), affine.float(), cutout
+    )
 
 
-def resized_boxes(draws: Draws, ratio: tuple[float, float], height: Tensor, width: Tensor) -> Tensor:
-    """(top, left, height, width) float64 [B, 4], whole pixels, of resized crops of images that are `height` × `width`.
+def resized_boxes(params: ViewParams, ratio: tuple[float, float], height: Tensor, width: Tensor) -> Tensor:
+    """Returns (top, left, height, width) of resized crops of images `height` × `width`: float64 [B, 4], whole pixels.
 
-    The first attempt that fits, or else the middle of the image with its ratio clamped, as torchvision does.
+    It is the first attempt that fits, or else the middle of the image with its ratio clamped, as in torchvision.
     """
     rows, columns = height.double(), width.double()
-    area = (rows * columns)[:, None] * draws.areas.double()
-    w, h = (area * draws.ratios).sqrt().round(), (area / draws.ratios).sqrt().round()
+    area = (rows * columns)[:, None] * params.areas.double()
+    w, h = (area * params.ratios).sqrt().round(), (area / params.ratios).sqrt().round()
     fits = (w > 0) & (w <= columns[:, None]) & (h > 0) & (h <= rows[:, None])
     first = fits.int().argmax(1, keepdim=True)
     w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
-    top = (draws.place[:, 0] * (rows - h + 1)).floor()
-    left = (draws.place[:, 1] * (columns - w + 1)).floor()
+    top = (params.place[:, 0] * (rows - h + 1)).floor()
+    left = (params.place[:, 1] * (columns - w + 1)).floor()
     whole = columns / rows
     middle_w = torch.where(whole > ratio[1], (rows * ratio[1]).round(), columns)
     middle_h = torch.where(whole < ratio[0], (columns / ratio[0]).round(), rows)
@@ -141,7 +149,7 @@ def resized_boxes(draws: Draws, ratio: tuple[float, float], height: Tensor, widt
 
 
 def _operations(kind: ViewKind, options: ViewOptions, uniform: Uniform) -> tuple[Tensor, Tensor]:
-    """Numbers int64 [B, slots] and magnitudes [B, slots], slot by slot as the plan has them."""
+    """Samples numbers int64 [B, slots] and magnitudes [B, slots] of operations, in the order of the plan's slots."""
     parts = []
     if kind in ("sim", "sim_randaugment"):
         parts += [_jitter(options.jitter, options.jitter_probability, uniform), _gray(options, uniform)]
@@ -167,7 +175,7 @@ def _jitter_slots(strengths: tuple[float, ...]) -> tuple[tuple[str, ...], ...]:
 
 
 def _jitter(strengths: tuple[float, ...], probability: float, uniform: Uniform) -> tuple[Tensor, Tensor]:
-    """Torchvision's ColorJitter: each of the operations once, in random order; or none of them."""
+    """Samples torchvision's ColorJitter: each of the operations once, in random order; or none of them."""
     applied = uniform(1) < probability
     numbers, low, high = _jitter_table(strengths, applied.device).unbind(1)
     order = uniform(len(numbers)).argsort(1)
@@ -177,18 +185,23 @@ def _jitter(strengths: tuple[float, ...], probability: float, uniform: Uniform) 
 
 @torch.compiler.assume_constant_result  # traced, it would lose digits
 def _jitter_table(strengths: tuple[float, ...], device: torch.device) -> Tensor:
-    """Float64 [operations, 3]: number, smallest and largest magnitude."""
-    return _made_jitter_table(strengths, device)
+    """Returns float64 [operations, 3]: each one's number, smallest and largest magnitude."""
+    return _table(_jitter_rows, strengths, device)
 
 
-@cache
-def _made_jitter_table(strengths: tuple[float, ...], device: torch.device) -> Tensor:
+def _jitter_rows(strengths: tuple[float, ...]) -> NDArray[np.float64]:
     rows = [
         (NUMBER[name], -strength if name == "hue" else max(0.0, 1 - strength), (name != "hue") + strength)
         for name, strength in zip(JITTER, strengths, strict=False)
         if strength
     ]
-    return torch.tensor(rows, dtype=torch.float64, device=device).reshape(-1, 3)
+    return np.array(rows, np.float64).reshape(-1, 3)
+
+
+@cache
+def _table(make: Callable[[Any], NDArray[np.float64]], argument: Any, device: torch.device) -> Tensor:
+    """Returns make(argument) on the device, made once: Dynamo asks for a constant to be the same object each time."""
+    return torch.from_numpy(make(argument)).to(device)
 
 
 def _gray(options: ViewOptions, uniform: Uniform) -> tuple[Tensor, Tensor]:
@@ -217,6 +230,7 @@ _AUTOAUGMENT = {
 
 @cache
 def _torchvision() -> v2.AutoAugment:
+    """Returns torchvision's policy. Its `_policies` and `_AUGMENTATION_SPACE` are private; the lock file pins them."""
     return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
 
 
@@ -225,7 +239,7 @@ def _autoaugment_names() -> tuple[str, ...]:
 
 
 def _autoaugment(side: int, uniform: Uniform) -> tuple[Tensor, Tensor]:
-    """One of the 25 pairs, each of its operations with its probability."""
+    """Samples one of the 25 pairs, and applies each of its operations with its probability."""
     chosen, applied, sign = uniform(1)[:, 0], uniform(2), 1 - 2 * (uniform(2) < 0.5).double()
     policies = _policies(side, applied.device)
     numbers, probability, start, change = policies[(chosen * len(policies)).long()].unbind(-1)
@@ -234,27 +248,26 @@ def _autoaugment(side: int, uniform: Uniform) -> tuple[Tensor, Tensor]:
 
 @torch.compiler.assume_constant_result  # traced, it would lose digits
 def _policies(side: int, device: torch.device) -> Tensor:
-    """Float64 [25, 2, 4] of the CIFAR-10 policy: number, probability, and the magnitude's mean and its random part."""
-    return _made_policies(side, device)
+    """Returns the CIFAR-10 policy, float64 [25, 2, 4]: number, probability, the magnitude's mean and random part."""
+    return _table(_policy_rows, side, device)
 
 
-@cache
-def _made_policies(side: int, device: torch.device) -> Tensor:
+def _policy_rows(side: int) -> NDArray[np.float64]:
     rows = [
         [(NUMBER[_AUTOAUGMENT[name]], probability, *_magnitude(name, step, side)) for name, probability, step in policy]
         for policy in _torchvision()._policies
     ]
-    return torch.tensor(rows, dtype=torch.float64, device=device)
+    return np.array(rows, np.float64)
 
 
 def _magnitude(name: str, step: int | None, side: int) -> tuple[float, float]:
-    """A magnitude's mean, and what is added to it or taken from it."""
+    """Returns an operation's mean magnitude, and what is added to it or subtracted from it at random."""
     magnitudes, signed = _torchvision()._AUGMENTATION_SPACE[name]
     if step is None:
         return 0.0, 0.0
     magnitude = magnitudes(10, side, side)[step].item()
     if name == "Solarize":
-        return math.ceil(255 * magnitude), 0.0  # of whole values
+        return math.ceil(255 * magnitude), 0.0  # pixels are whole numbers, so this is the same threshold
     if name.startswith("Translate"):
         return 0.0, int(magnitude)
     start = 1.0 if _AUTOAUGMENT[name] in (*JITTER, "sharpness") else 0.0
@@ -262,7 +275,7 @@ def _magnitude(name: str, step: int | None, side: int) -> tuple[float, float]:
 
 
 def _small_affine(uniform: Uniform, side: int) -> Tensor:
-    """The digits' RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1))."""
+    """Samples the digits' RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1))."""
     degrees, shift, scale = uniform(1), uniform(2), uniform(1)
     return torch.cat(
         [rng.between(degrees, -10, 10), (rng.between(shift, -0.1, 0.1) * side).round(), rng.between(scale, 0.9, 1.1)],
@@ -277,7 +290,7 @@ class _RandAugment(NamedTuple):
 
 @cache
 def _timm(options: ViewOptions) -> _RandAugment:
-    """The operations of the RandAugment string; raises ValueError for variants of timm's that are not drawn here."""
+    """Returns the operations of the RandAugment string; raises ValueError for variants that are not sampled here."""
     parsed = rand_augment_transform(options.randaugment, {})
     unknown = sorted({op.name for op in parsed.ops} - _RAND_AUGMENT.keys())
     if unknown or parsed.choice_weights is not None or math.isinf(parsed.ops[0].magnitude_std):
@@ -293,7 +306,7 @@ def _timm(options: ViewOptions) -> _RandAugment:
 
 
 class _Argument(NamedTuple):
-    """How one of timm's operations takes its level, 0 to 10 (or more, with mmax)."""
+    """How timm turns the level, 0 to 10 (or more, with mmax), into an operation's magnitude."""
 
     name: str
     per_ten: float = 0.0
@@ -317,7 +330,7 @@ _RAND_AUGMENT = {
     "Sharpness": _Argument("sharpness", 1.8, 0.1),
     "ShearX": _Argument("shear_x", 0.3, signed=True),
     "ShearY": _Argument("shear_y", 0.3, signed=True),
-    "TranslateXRel": _Argument("translate_x", 0.45, signed=True),  # of the side
+    "TranslateXRel": _Argument("translate_x", 0.45, signed=True),  # as a share of the side
     "TranslateYRel": _Argument("translate_y", 0.45, signed=True),
 }
 
@@ -327,7 +340,7 @@ def _name(operation: AugmentOp) -> str:
 
 
 def _rand_augment(options: ViewOptions, uniform: Uniform) -> tuple[Tensor, Tensor]:
-    """One layer of timm's RandAugment: any of its operations, with its probability and a normal magnitude."""
+    """Samples one layer of timm's RandAugment: any of its operations, with its probability and a normal magnitude."""
     chosen, applied, negative = uniform(1), uniform(1), uniform(1) < 0.5  # [B, 1]
     normal = (-2 * (1 - uniform(1)).log()).sqrt() * (2 * math.pi * uniform(1)).cos()
     arguments = _arguments(options, chosen.device)
@@ -340,12 +353,15 @@ def _rand_augment(options: ViewOptions, uniform: Uniform) -> tuple[Tensor, Tenso
     return torch.where(applied <= any_op.prob, numbers.long(), 0), magnitude
 
 
-@cache
 def _arguments(options: ViewOptions, device: torch.device) -> Tensor:
-    """Float64 [operations, 6]: number, and the numbers of its _Argument."""
+    """Returns float64 [operations, 6]: each one's number, and the numbers of its _Argument."""
+    return _table(_argument_rows, options, device)
+
+
+def _argument_rows(options: ViewOptions) -> NDArray[np.float64]:
     rows = []
     for operation in _timm(options).ops:
         argument = _RAND_AUGMENT[operation.name]
-        of = options.image_size if "Translate" in operation.name else 1
-        rows.append((NUMBER[argument.name], argument.per_ten * of, *argument[2:]))
-    return torch.tensor(rows, dtype=torch.float64, device=device)
+        scale = options.image_size if "Translate" in operation.name else 1
+        rows.append((NUMBER[argument.name], argument.per_ten * scale, *argument[2:]))
+    return np.array(rows, np.float64)

@@ -1,4 +1,6 @@
-"""The augmented views of an image, and the one it is evaluated by: torchvision transforms from PIL to tensor."""
+"""The augmented views of an image, and the view for evaluation: torchvision transforms from PIL to tensor."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -14,14 +16,14 @@ View = Callable[[Image.Image], Tensor]
 
 
 class Cutout(nn.Module):
-    """Blackens a square centred anywhere in the image, clipped at its border (DeVries & Taylor, 2017)."""
+    """A black square centred anywhere in the image, clipped at its border (DeVries & Taylor, 2017)."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
         self.side = side
 
     def forward(self, image: Tensor) -> Tensor:
-        """`image` [..., H, W], before normalisation; returns a new tensor."""
+        """Returns a copy of `image` [..., H, W], which is not yet normalised, with the square in it."""
         rows, columns = (self._interval(length) for length in image.shape[-2:])
         image = image.clone()
         image[..., rows, columns] = 0
@@ -33,7 +35,7 @@ class Cutout(nn.Module):
 
 
 class RequireSize(nn.Module):
-    """Passes an image of the given side through; raises ValueError for any other."""
+    """A check that passes an image of the given side through, and raises ValueError for any other."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
@@ -50,9 +52,9 @@ class RequireSize(nn.Module):
 
 
 def view(kind: ViewKind, options: ViewOptions) -> View:
-    """The random view of that kind: RGB image -> float32 [3, S, S], S = options.image_size, normalised.
+    """Returns the random view of that kind: RGB image -> float32 [3, S, S], S = options.image_size, normalised.
 
-    Draws from the global generators of torch, and for the RandAugment kinds from those of random and numpy too.
+    The view samples from torch's global generator, and for the RandAugment kinds from those of random and numpy too.
     """
     if kind == "crop_flip":
         return _to_tensor(_padded_crop_flip(options), options)
@@ -76,7 +78,7 @@ def view(kind: ViewKind, options: ViewOptions) -> View:
 
 
 def evaluation_view(options: ViewOptions) -> View:
-    """The one view of an image for evaluation, without randomness: RGB image -> float32 [3, S, S], normalised."""
+    """Returns the view for evaluation, which has nothing random: RGB image -> float32 [3, S, S], normalised."""
     size = options.image_size
     if options.evaluation == "as_is":
         return _to_tensor([RequireSize(size)], options)
@@ -84,9 +86,9 @@ def evaluation_view(options: ViewOptions) -> View:
 
 
 def _to_tensor(on_image: list, options: ViewOptions, on_pixels: list | None = None) -> View:
-    """`on_image` on the PIL image, `on_pixels` on the uint8 tensor, then normalisation."""
-    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
-    return v2.Compose([*on_image, v2.PILToTensor(), *(on_pixels or []), *normalize])
+    """Returns `on_image` on the PIL image, then `on_pixels` on the uint8 tensor, then normalisation."""
+    normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
+    return v2.Compose([*on_image, v2.PILToTensor(), *(on_pixels or []), *normalise])
 
 
 def _padded_crop_flip(options: ViewOptions) -> list:
@@ -111,5 +113,5 @@ def _rand_augment(options: ViewOptions) -> Callable[[Image.Image], Image.Image]:
 
 
 def _small_affine() -> v2.RandomAffine:
-    """A shift, turn and scaling that leaves a digit what it is; a flip would not."""
+    """Returns a small shift, turn and scaling, after which a digit is still the same; after a flip it would not be."""
     return v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)

@@ -14,7 +14,7 @@ from rcl_fast.train import verify
 from rcl_fast.train.config import recipe
 from rcl_fast.train.data.cifar import CIFARS, Cifar
 from rcl_fast.train.data.datasets import Splits, load_splits
-from rcl_fast.train.loaders.base import training_reading
+from rcl_fast.train.loaders.base import training_spec
 from rcl_fast.train.loaders.build import make_loader
 from rcl_fast.train.options import training_kinds
 
@@ -101,17 +101,19 @@ class TestTheSameAsTheFolder:
             load(saved(arrays, tmp_path), imbalance=2)
 
     def test_a_saved_position_of_the_one_goes_on_in_the_other(self, arrays: Arrays, tmp_path: Path) -> None:
-        """The loaders' identities hold the pixels, not where they came from; their batches are the same."""
+        """The loaders' fingerprints hold the pixels, not where they came from; their batches are the same."""
         views = recipe("cifar10_lt", "bcl_rcl").views
-        readings = [
-            training_reading(load(data).train, training_kinds(views, contrastive=True), views, seed=0, batch_size=4)
+        specs = [
+            training_spec(load(data).train, training_kinds(views, contrastive=True), views, seed=0, batch_size=4)
             for data in (saved(arrays, tmp_path / "npz"), as_folder(arrays, tmp_path / "png"))
         ]
         for name in ("device", "torchvision"):
-            one, other = (make_loader(name, reading, device=torch.device("cpu"), workers=0) for reading in readings)
-            assert one.identity == other.identity
+            one, other = (make_loader(name, spec, device=torch.device("cpu"), workers=0) for spec in specs)
+            assert one.fingerprint == other.fingerprint
             for mine, theirs in zip(one.epoch(1), other.epoch(1), strict=True):
-                assert all(torch.equal(mine[key], theirs[key]) for key in ("x1", "x2", "x3", "label", "index"))
+                assert all(map(torch.equal, mine.views, theirs.views))
+                assert torch.equal(mine.labels, theirs.labels)
+                assert torch.equal(mine.indices, theirs.indices)
 
     def test_verify_counts_it(self, arrays: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert verify.main(["--dataset", "cifar10_lt", "--data", str(saved(arrays, tmp_path))]) == 0

@@ -12,28 +12,30 @@ import subprocess
 import sys
 import threading
 import time
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rich
 import torch
-from rich.console import Console
 
-from rcl_fast.train import reproduce
 from rcl_fast.train.config import parse
-from rcl_fast.train.experiments import clusters, job_queue, render, runs
+from rcl_fast.train.errors import UserError
+from rcl_fast.train.experiments import clusters, job_queue, render, reproduce, runs
 from rcl_fast.train.experiments.cells import cell as cell_of
 from rcl_fast.train.experiments.job_queue import Job
-from rcl_fast.train.experiments.plan import Options, Plan, dry, missing_runs, plan, read_rows, run_missing, unique
+from rcl_fast.train.experiments.plan import Plan, dry, missing_runs, plan, read_rows, run_missing, unique
+from rcl_fast.train.experiments.reproduce import table_of
 from rcl_fast.train.experiments.rows import row_of
 from rcl_fast.train.experiments.runs import Run
-from rcl_fast.train.experiments.setting import Setting, adapt, flags, run_key
+from rcl_fast.train.experiments.setting import Setting, adapt, flags, run_id
 from rcl_fast.train.experiments.show import file_name, fill
 from rcl_fast.train.experiments.tables import COMPRESSION, METRICS, TABLES, Column, Row, Table
 from rcl_fast.train.network.objective import Objective, compress
-from rcl_fast.train.reproduce import Command
+from rcl_fast.train.options import ReproduceOptions
+from rcl_fast.train.reproduce import _DESCRIPTION, Command
+from rcl_fast.train.reproduce import parse as parse_command
 from rcl_fast.train.rundir import status
 
 # As the project's sources have them: CIFAR-10-LT and CIFAR-100-LT at IF 100 / 50 / 10, harmonic means at 100.
@@ -51,30 +53,31 @@ def sources() -> dict[str, list[list[float]]]:
     return {name: [[float(n) for n in part.split(" / ") if n != "–"] for part in parts] for name, *parts in lines}
 
 
-def quiet() -> tuple[Console, StringIO]:
-    text = StringIO()
-    return Console(file=text, width=300), text
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are then not folded."""
+    monkeypatch.setattr(rich.get_console(), "_width", 300)
 
 
 def options(tmp_path: Path, table: Any = "table1", **changes: Any) -> Command:
-    return Command(table, Options(**{"folder": tmp_path / "runs", "data": tmp_path, "seeds": 2, **changes}))
+    return Command(table, ReproduceOptions(**{"folder": tmp_path / "runs", "data": tmp_path, "seeds": 2, **changes}))
 
 
 def planned(given: Command) -> tuple[Table, Plan]:
-    table, how = reproduce.table_of(given.table, given.options), given.options
+    table, how = table_of(given.table, given.options), given.options
     return table, plan(table, Setting(how.dataset, how.epochs, how.validate_on), how)
 
 
 def call(given: Command) -> str:
     """What it prints, wrapped or not; every run must end well."""
-    text = StringIO()
-    table = reproduce.table_of(given.table, given.options)
-    assert reproduce.reproduce(table, given.options, Console(file=text, width=300)) == 0, text.getvalue()
-    return " ".join(text.getvalue().split())
+    with rich.get_console().capture() as printed:
+        failures = reproduce.reproduce(table_of(given.table, given.options), given.options)
+    assert not failures, printed.get()
+    return " ".join(printed.get().split())
 
 
 def keys(table: str, tmp_path: Path, **changes: Any) -> set[str]:
-    return {entry.run.key for entry in unique(planned(options(tmp_path, table, **changes))[1])}
+    return {entry.run.id for entry in unique(planned(options(tmp_path, table, **changes))[1])}
 
 
 def finish(run: Run, **found: Any) -> None:
@@ -173,11 +176,11 @@ def test_tables_share_their_runs(tmp_path: Path) -> None:
 
 def test_a_run_is_named_by_what_it_computes() -> None:
     base = ["--dataset", "cifar100_lt", "--loss", "bcl_rcl", "--validate-on", "test"]
-    name = run_key(parse(base))
+    name = run_id(parse(base))
     elsewhere = ["--data", "x", "--output", "y", "--device", "cpu", "--workers", "0", "--compile"]
-    assert run_key(parse(base + elsewhere)) == name
+    assert run_id(parse(base + elsewhere)) == name
     others = [["--seed", "1"], ["--tau", "1"], ["--epochs", "9"], ["--imbalance", "10"], ["--precision", "fp16"]]
-    assert len({name, *(run_key(parse(base + other)) for other in others)}) == 1 + len(others)
+    assert len({name, *(run_id(parse(base + other)) for other in others)}) == 1 + len(others)
     # This name is that of results that people have: if it changes, tables no longer find their runs.
     assert name == "322f71ff34fd"
 
@@ -248,7 +251,7 @@ def test_a_run_that_failed_after_its_figures_is_not_finished(tmp_path: Path) -> 
 def test_a_half_done_run_goes_on_as_it_is_to_be_computed_now(tmp_path: Path) -> None:
     """It may have failed in what it was begun with."""
     given = options(tmp_path, only=("BCL",), dataset="cifar10_lt", seeds=1)
-    table = reproduce.table_of(given.table, given.options)
+    table = table_of(given.table, given.options)
 
     def planned(*more: str) -> Run:
         return next(unique(plan(table, Setting("cifar10_lt", more=more), given.options))).run
@@ -269,7 +272,7 @@ def test_a_folder_of_other_values_is_not_taken_for_the_run(tmp_path: Path) -> No
     saved["optimization"]["lr"] = 0.123
     saved["data"]["loader"] = "device"  # what auto became
     (run.folder / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(SystemExit, match=r"other values \(--lr 0.123 there, 0.2 now\): move it away"):
+    with pytest.raises(UserError, match=r"other values \(--lr 0.123 there, 0.2 now\): move it away"):
         runs.state(run)
 
 
@@ -288,7 +291,7 @@ def test_the_parts_of_an_array_are_the_same_whatever_is_finished(
     monkeypatch.setattr(job_queue, "run_all", at_once)
     given = options(tmp_path, dataset="digits_lt", epochs=3)
     for part in ("2/3", "1/3", "3/3"):
-        assert "the command without --part shows the table" in call(
+        assert "run the command without --part to show the table" in call(
             Command(given.table, dataclasses.replace(given.options, part=part))
         )
     assert len(queued) == len(set(queued)) == 20
@@ -299,11 +302,11 @@ def test_known_rows_are_not_run_again(tmp_path: Path) -> None:
     _, entries = planned(given)
     first, second = unique(entries)
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"key": first.run.key, "second_stage": None, "balanced_accuracy": 0.5}) + "\n")
+    file.write_text(json.dumps({"key": first.run.id, "second_stage": None, "balanced_accuracy": 0.5}) + "\n")
     known = read_rows((file,))
     assert missing_runs(entries, known) == [second.run]
     file.write_text("not JSON")
-    with pytest.raises(SystemExit, match="no file of rows"):
+    with pytest.raises(UserError, match="no file of rows"):
         read_rows((file,))
 
 
@@ -318,23 +321,21 @@ def test_known_rows_are_not_run_again(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_explained(tmp_path: Path, changes: dict, said: str) -> None:
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(UserError, match=said):
         call(options(tmp_path, **changes))
 
 
-_README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+_DOCUMENT = (Path(__file__).parents[3] / "docs" / "reproduction.md").read_text(encoding="utf-8")
 COMMANDS = [
     command.replace("$SLURM_ARRAY_TASK_ID", "8")
-    for command in re.findall(
-        r"^(?:  |python )train/reproduce\.py (.*?)(?: {2,}.*)?$", _README + reproduce.DESCRIPTION, re.M
-    )
+    for command in re.findall(r"^(?:  |python )train/reproduce\.py (.*?)(?: {2,}.*)?$", _DOCUMENT + _DESCRIPTION, re.M)
 ]
 
 
-def test_the_commands_of_readme_and_help_parse() -> None:
+def test_the_commands_of_document_and_help_parse() -> None:
     assert len(COMMANDS) >= 9
     for command in COMMANDS:
-        given = reproduce.parse(shlex.split(command))
+        given = parse_command(shlex.split(command))
         assert given.options.data == Path("DIR") or given.options.dataset == "digits_lt"
 
 
@@ -395,10 +396,9 @@ def test_options_that_only_say_how_runs_are_computed_leave_the_setting_the_paper
     assert how.words(TABLES["table1"]) == []
     what = Setting(more=("--cuda-graph", "--lr", "0.1"))
     assert what.words(TABLES["table1"]) == ["--cuda-graph --lr 0.1"]
-    given = Options()
+    given = ReproduceOptions()
     plain, faster, other = (
-        {entry.run.key for entry in unique(plan(TABLES["table1"], setting, given))}
-        for setting in (Setting(), how, what)
+        {entry.run.id for entry in unique(plan(TABLES["table1"], setting, given))} for setting in (Setting(), how, what)
     )
     assert plain == faster
     assert plain.isdisjoint(other)
@@ -480,9 +480,9 @@ def test_a_second_stage_on_a_training_that_is_only_a_row_is_said(tmp_path: Path)
     given = options(tmp_path, "table3", only=("Decoupled: cRT",), dataset="digits_lt", seeds=1, data=None)
     _, entries = planned(given)
     rows = tmp_path / "rows.jsonl"
-    keys = {entry.run.key for entry in unique(entries)}
+    keys = {entry.run.id for entry in unique(entries)}
     rows.write_text("".join(json.dumps({"key": key, "second_stage": None, "seed": 0}) + "\n" for key in keys))
-    failures = run_missing(entries, read_rows([rows]), given.options, quiet()[0])
+    failures = run_missing(entries, read_rows([rows]), given.options)
     assert len(failures) == len(keys)
     assert all("only the row is here" in failure.why for failure in failures)
 
@@ -530,7 +530,7 @@ def job(folder: Path, code: str) -> Job:
 def test_every_device_takes_so_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job_queue.slots(["0", "3"], 2) == [{"CUDA_VISIBLE_DEVICES": d} for d in ("0", "3", "0", "3")]
     assert job_queue.slots(["0", "1", "2", "3", "4"], 1, 2) == [{"CUDA_VISIBLE_DEVICES": d} for d in ("0,1", "2,3")]
-    with pytest.raises(SystemExit, match="shows 1 GPUs"):
+    with pytest.raises(UserError, match="shows 1 GPUs"):
         job_queue.slots(["0"], 1, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert job_queue.slots(None, 1) == [{}]
@@ -540,16 +540,17 @@ def test_every_device_takes_so_many_jobs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert job_queue.slots(None, 1) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "6"}]
 
 
-def test_jobs_run_each_on_its_device_and_a_failure_stops_no_other(tmp_path: Path) -> None:
+def test_jobs_run_each_on_its_device_and_a_failure_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     note = "import os, pathlib; pathlib.Path({!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
     jobs = [job(tmp_path / f"{n}", note.format(str(tmp_path / f"{n}.txt"))) for n in range(3)]
     jobs.insert(1, job(tmp_path / "bad", "import sys; sys.exit('out of luck')"))
-    console, text = quiet()
-    failures = job_queue.run_all(jobs, job_queue.slots(["5", "7"], 1), console)
+    failures = job_queue.run_all(jobs, job_queue.slots(["5", "7"], 1))
     assert {(tmp_path / f"{n}.txt").read_text() for n in range(3)} <= {"5", "7"}
     assert [(f.job.label, "out of luck" in f.why) for f in failures] == [("bad", True)]
     assert "output.log" in failures[0].why
-    assert text.getvalue().count("done in") == 3
+    assert capsys.readouterr().out.count("done in") == 3
     starts = json.loads((tmp_path / "0" / "provenance.json").read_text())["starts"]
     assert starts[0]["commit"]
     assert starts[0]["torch"] == torch.__version__
@@ -570,28 +571,26 @@ def test_a_signal_lets_the_jobs_save_themselves(tmp_path: Path) -> None:
 
     threading.Thread(target=stop_when_ready, daemon=True).start()
     with pytest.raises(job_queue.Stopped, match="SIGINT"):
-        job_queue.run_all([job(folder, saves.format(str(folder)))] * 2, [{}], quiet()[0])
+        job_queue.run_all([job(folder, saves.format(str(folder)))] * 2, [{}])
     assert (folder / "saved").exists()
 
 
-def test_two_calls_do_not_train_one_run_at_once(tmp_path: Path) -> None:
+def test_two_calls_do_not_train_one_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     meanwhile: list[job_queue.Failure] = []
     wait = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
     asked = tmp_path / "asked"
     code = f"import pathlib; pathlib.Path({str(folder / 'ready')!r}).touch()\n{wait.format(str(asked))}"
 
-    class WhileItRuns(Console):
+    def in_between(*_: Any) -> None:
         """Asks a second queue for the same folder when the first one's second job has ended."""
+        if not asked.exists():
+            meanwhile.extend(job_queue.run_all([job(folder, "")], [{}]))
+            asked.touch()
 
-        def print(self, *_: Any, **__: Any) -> None:
-            if not asked.exists():
-                meanwhile.extend(job_queue.run_all([job(folder, "")], [{}], quiet()[0]))
-                asked.touch()
-
-    console = WhileItRuns(file=StringIO())
+    monkeypatch.setattr(job_queue._logger, "info", in_between)
     other = job(tmp_path / "other", wait.format(str(folder / "ready")))
-    assert job_queue.run_all([job(folder, code), other], [{}, {}], console) == []
+    assert job_queue.run_all([job(folder, code), other], [{}, {}]) == []
     assert "another process is at it" in meanwhile[0].why
 
 
@@ -599,11 +598,11 @@ def test_a_run_that_outlives_its_queue_keeps_its_folder(tmp_path: Path) -> None:
     """A queue that is killed can't stop its runs: no second one is to start beside them."""
     folder = tmp_path / "run"
     queue = (
-        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "import sys; from pathlib import Path\n"
         "from rcl_fast.train.experiments.job_queue import Job, run_all\n"
         "code = 'import pathlib, time; pathlib.Path(sys.argv[1], \"ready\").touch(); time.sleep(600)'\n"
         "command = [sys.executable, '-c', 'import sys; ' + code, sys.argv[1]]\n"
-        "run_all([Job('run', command, Path(sys.argv[1]), 0)], [{}], Console())\n"
+        "run_all([Job('run', command, Path(sys.argv[1]), 0)], [{}])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", queue, str(folder)])
     while not (folder / "ready").exists():
@@ -613,7 +612,7 @@ def test_a_run_that_outlives_its_queue_keeps_its_folder(tmp_path: Path) -> None:
     process.wait()
     (child,) = [int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and str(folder) in command_line(pid)]
     try:
-        (failure,) = job_queue.run_all([job(folder, "")], [{}], quiet()[0])
+        (failure,) = job_queue.run_all([job(folder, "")], [{}])
         assert "another process is at it" in failure.why
     finally:
         os.kill(child, signal.SIGKILL)
@@ -627,7 +626,7 @@ def command_line(pid: str) -> str:
 
 
 def test_a_folder_that_cannot_be_had_is_said_and_stops_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = fcntl.flock
 
@@ -639,11 +638,10 @@ def test_a_folder_that_cannot_be_had_is_said_and_stops_no_other(
     monkeypatch.setattr(fcntl, "flock", without_locks)
     (tmp_path / "file").touch()
     jobs = [job(tmp_path / "bad", ""), job(tmp_path / "file" / "below", ""), job(tmp_path / "good", "")]
-    console, text = quiet()
-    failures = job_queue.run_all(jobs, [{}], console)
+    failures = job_queue.run_all(jobs, [{}])
     assert ["No locks available" in failures[0].why, "Not a directory" in failures[1].why] == [True, True]
     assert str(tmp_path / "bad") in failures[0].why
-    assert text.getvalue().count("done in") == 1
+    assert capsys.readouterr().out.count("done in") == 1
 
 
 # One real run, of which two tables and a picture are made.

@@ -17,9 +17,10 @@ from PIL import Image
 from rcl_fast.train import verify
 from rcl_fast.train.config import parse
 from rcl_fast.train.data.datasets import Splits
+from rcl_fast.train.errors import NonFiniteLoss, NotWritten, Preempted, UserError
 from rcl_fast.train.jobs import train
 from rcl_fast.train.loaders import build
-from rcl_fast.train.loaders.base import identity
+from rcl_fast.train.loaders.base import Batch, fingerprint
 from rcl_fast.train.loop import engine
 from rcl_fast.train.loop.step import train_step
 from rcl_fast.train.loop.training import Training, start_training
@@ -169,9 +170,9 @@ def test_a_signal_saves_within_an_epoch_and_the_run_goes_on_as_if_nothing_happen
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         signal_before(place, call, patch)
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(Preempted) as stopped:
             train.run(configure(folder, "--epochs", "4"))
-    assert stopped.value.code == os.EX_TEMPFAIL
+    assert stopped.value.exit_status == os.EX_TEMPFAIL
     assert status(folder) == "preempted"
     saved = checkpoints.load(folder / checkpoints.MID_EPOCH)["loader"]
     assert (saved["epoch"], saved["step"]) == position
@@ -218,7 +219,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_written(
     saved[option[0]][option[1]] = value
     (folder / "config.json").write_text(json.dumps(saved))
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(UserError, match=said):
         train.run(parse(["--resume", str(folder)]))
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
@@ -235,7 +236,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path: Path, monkeypatch:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "_write", full)
-        with pytest.raises(SystemExit, match=r"No space left on device.*as it was: last\.pt, previous\.pt, best\.pt"):
+        with pytest.raises(NotWritten, match=r"No space left on device.*as it was: last\.pt, previous\.pt, best\.pt"):
             train.run(configure(folder, "--epochs", "3"))
     assert status(folder) == "failed"
     assert not list(folder.glob("*.unfinished"))
@@ -245,12 +246,12 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path: Path, monkeypatch:
 
 def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"can't be written .*choose another folder with --output"):
+    with pytest.raises(UserError, match=r"can't be written .*choose another folder with --output"):
         train.run(configure(tmp_path / "file" / "run"))
 
 
 def test_another_run_is_never_written_over(finished: Path) -> None:
-    with pytest.raises(SystemExit, match="already holds a run: go on with --resume"):
+    with pytest.raises(UserError, match="already holds a run: go on with --resume"):
         train.run(configure(finished))
 
 
@@ -260,7 +261,7 @@ def test_resuming_after_the_data_changed_on_disk_is_refused(tmp_path: Path) -> N
     before = (folder / checkpoints.LAST).read_bytes()
     train_list = tmp_path / "ImageNet_LT_train.txt"
     train_list.write_text("".join(train_list.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(SystemExit, match=r"12 images of 3 classes\) is not this run's \(11 images"):
+    with pytest.raises(UserError, match=r"12 images of 3 classes\) is not this run's \(11 images"):
         train.run(parse(["--resume", str(folder)]))
     assert (folder / checkpoints.LAST).read_bytes() == before
 
@@ -277,7 +278,7 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path: Path, mo
         return row
 
     monkeypatch.setattr(engine, "train_epoch", diverging)
-    with pytest.raises(SystemExit, match=r"weights are not finite after epoch 2.*\n.*last\.pt"):
+    with pytest.raises(NonFiniteLoss, match=r"weights are not finite after epoch 2.*\n.*last\.pt"):
         train.run(configure(tmp_path / "run", "--epochs", "3"))
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
@@ -307,7 +308,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_reports_what_is_on_disk(
 def test_a_bad_test_image_loses_no_training(tmp_path: Path) -> None:
     write_image_lists(tmp_path)
     (tmp_path / "ImageNet_LT_test.txt").write_text("missing.png 0\n")
-    with pytest.raises(SystemExit, match=r"(?s)missing\.png .*Training is done: mend this, then --resume"):
+    with pytest.raises(UserError, match=r"(?s)missing\.png .*Training is done: mend this, then --resume"):
         train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path)))
     (tmp_path / "ImageNet_LT_test.txt").write_text("images/n000 é/0.png 0\n")
     train.run(parse(["--resume", str(tmp_path / "run")]))
@@ -316,15 +317,15 @@ def test_a_bad_test_image_loses_no_training(tmp_path: Path) -> None:
 
 def test_images_of_another_size_are_named(tmp_path: Path) -> None:
     write_image_lists(tmp_path)
-    with pytest.raises(SystemExit, match=r"line 1\): it has 50x40 pixels, and --evaluation as_is expects 32x32"):
+    with pytest.raises(UserError, match=r"line 1\): it has 50x40 pixels, and --evaluation as_is expects 32x32"):
         train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path), "--evaluation", "as_is"))
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.time, "strftime", lambda _: "20260101-000000")
-    settings = parse([])
-    assert [train._prepare_folder(settings).name for _ in range(2)] == [
+    config = parse([])
+    assert [train._prepare_folder(config).name for _ in range(2)] == [
         "digits_lt-bcl_rcl-resnet32-20260101-000000",
         "digits_lt-bcl_rcl-resnet32-20260101-000000-2",
     ]
@@ -342,15 +343,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_describes_the_batch(
 ) -> None:
     step = train_step
 
-    def poisoned(training: Training, batch: dict) -> dict:
+    def poisoned(training: Training, batch: Batch) -> dict:
         if training.epoch == 1:
-            batch["x1"][0] = float("nan")
+            batch.views[0][0] = float("nan")
         return step(training, batch)
 
     monkeypatch.setattr(engine, "train_step", poisoned)
     folder = tmp_path / "run"
-    with pytest.raises(SystemExit) as raised:
+    with pytest.raises(NonFiniteLoss) as raised:
         train.run(configure(folder, "--epochs", "3"))
+    assert status(folder) == "diverged"
     for part in (
         "not finite in epoch 2",
         "100 images of",
@@ -411,7 +413,7 @@ def test_imagenet_lists_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_missing_image_is_named_with_its_line(tmp_path: Path, loader: str) -> None:
     write_image_lists(tmp_path)
     (tmp_path / "images/n001 é/2.png").unlink()
-    with pytest.raises(SystemExit, match=r"n001 é/2\.png \(ImageNet_LT_train\.txt, line 9\): there is no such file"):
+    with pytest.raises(UserError, match=r"n001 é/2\.png \(ImageNet_LT_train\.txt, line 9\): there is no such file"):
         train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path), "--loader", loader))
 
 
@@ -421,10 +423,10 @@ def test_bad_images_are_left_out_when_asked(tmp_path: Path, loader: str, capsys:
     write_image_lists(tmp_path)
     (tmp_path / "images/n000 é/3.png").write_bytes(b"")
     arguments = (*IMAGENET, *SMALL, "--data", str(tmp_path), "--loader", loader)
-    with pytest.raises(SystemExit, match=r"(?s)no manifest .*python train/verify\.py --dataset imagenet_lt"):
+    with pytest.raises(UserError, match=r"(?s)no manifest .*python train/verify\.py --dataset imagenet_lt"):
         train.run(configure(tmp_path / "run", *arguments, "--on-bad-image", "skip"))
     assert verify.main(["--dataset", "imagenet_lt", "--data", str(tmp_path), "--workers", "1"]) == 1
-    with pytest.raises(SystemExit, match=r"(?s)1 of 12 images are bad.*--on-bad-image skip"):
+    with pytest.raises(UserError, match=r"(?s)1 of 12 images are bad.*--on-bad-image skip"):
         train.run(configure(tmp_path / "run", *arguments))
     (tmp_path / "images/n001 é/2.png").write_bytes(b"damaged since")
     capsys.readouterr()
@@ -439,10 +441,10 @@ def test_bad_images_are_left_out_when_asked(tmp_path: Path, loader: str, capsys:
 @pytest.mark.usefixtures("without_reports")
 def test_another_loader_does_not_go_on_with_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = train.run(configure(tmp_path / "run", "--epochs", "1"))
-    with pytest.raises(SystemExit, match=r"--loader \(was device, now torchvision\)"):
+    with pytest.raises(UserError, match=r"--loader \(was device, now torchvision\)"):
         train.run(parse(["--resume", str(folder), "--loader", "torchvision"]))
-    monkeypatch.setattr("rcl_fast.train.loaders.device.identity", lambda reading, pipeline: identity(reading, "new"))
-    with pytest.raises(SystemExit, match=r"--resume .*the saved position .*loader \(was device 1, now new\)"):
+    monkeypatch.setattr("rcl_fast.train.loaders.device.fingerprint", lambda spec, pipeline: fingerprint(spec, "new"))
+    with pytest.raises(UserError, match=r"--resume .*the saved position .*loader \(was device 1, now new\)"):
         train.run(parse(["--resume", str(folder)]))
 
 
@@ -461,42 +463,42 @@ def test_every_loader_trains_the_digits(tmp_path: Path, loader: str) -> None:
 
 
 def test_missing_data_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"(?s)imagenet_lt: .*--data DIR should hold.*ImageNet_LT_train\.txt"):
+    with pytest.raises(UserError, match=r"(?s)imagenet_lt: .*--data DIR should hold.*ImageNet_LT_train\.txt"):
         train.run(configure(tmp_path / "run", *IMAGENET))
     assert not (tmp_path / "run").exists()
 
 
 def test_several_processes_without_torchrun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match=r"RANK, LOCAL_RANK, .* torchrun --nproc-per-node 2"):
+    with pytest.raises(UserError, match=r"RANK, LOCAL_RANK, .* torchrun --nproc-per-node 2"):
         train.run(configure(tmp_path / "run"))
 
 
-def loaded(settings: Config) -> tuple[Config, Splits]:
-    splits = build.load(settings, print)
-    return build.with_loader(settings, splits, train.choose_machine(settings.run), print), splits
+def loaded(config: Config) -> tuple[Config, Splits]:
+    splits = build.load(config)
+    return build.with_loader(config, splits, train.choose_runtime(config.run)), splits
 
 
 def test_accumulated_parts_give_the_whole_batch_gradient_of_a_mean(tmp_path: Path) -> None:
     """Cross-entropy and a network without BatchNorm in training mode: parts then add up exactly."""
-    settings = configure(tmp_path, "--loss", "ce", "--batch-size", "90")
-    settings, splits = loaded(settings)
-    whole = start_training(settings, splits, train.choose_machine(settings.run))
-    cut = dataclasses.replace(settings, optimization=dataclasses.replace(settings.optimization, accumulate=4))
-    parts = start_training(cut, splits, train.choose_machine(cut.run))
-    batch = next(iter(build.training_loader(settings, splits, whole.machine, print).epoch(0)))
+    config = configure(tmp_path, "--loss", "ce", "--batch-size", "90")
+    config, splits = loaded(config)
+    whole = start_training(config, splits, train.choose_runtime(config.run))
+    cut = dataclasses.replace(config, optimization=dataclasses.replace(config.optimization, accumulate=4))
+    parts = start_training(cut, splits, train.choose_runtime(cut.run))
+    batch = next(iter(build.training_loader(config, splits, whole.runtime).epoch(0)))
     for training in (whole, parts):
         training.model.double().eval()
         training.optimizer = build_optimizer(training.config.optimization, training.model)  # its momentum double too
-        train_step(training, {**batch, "x1": batch["x1"].double()})
+        train_step(training, dataclasses.replace(batch, views=(batch.views[0].double(),)))
     for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_gradients_are_clipped_when_asked(tmp_path: Path) -> None:
-    settings = configure(tmp_path, "--clip-grad-norm", "0.001")
-    settings, splits = loaded(settings)
-    training = start_training(settings, splits, train.choose_machine(settings.run))
-    train_step(training, next(iter(build.training_loader(settings, splits, training.machine, print).epoch(0))))
+    config = configure(tmp_path, "--clip-grad-norm", "0.001")
+    config, splits = loaded(config)
+    training = start_training(config, splits, train.choose_runtime(config.run))
+    train_step(training, next(iter(build.training_loader(config, splits, training.runtime).epoch(0))))
     norms = torch.stack([parameter.grad.norm() for parameter in training.model.parameters()])
     assert norms.norm() == pytest.approx(0.001, rel=1e-3)

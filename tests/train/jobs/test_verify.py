@@ -49,20 +49,20 @@ def run(data: Path, *arguments: str) -> int:
 
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test where an image is looked at."""
-    monkeypatch.setattr(scan, "examine", lambda entry, data: pytest.fail("decoded before the error was told"))
+    monkeypatch.setattr(scan, "scan_file", lambda entry, data: pytest.fail("decoded before the error was told"))
 
 
 class TestExamine:
     @pytest.mark.parametrize("path", GOOD)
     def test_an_unusual_image_is_as_good_as_any(self, odd: Path, path: str) -> None:
         content = (odd / path).read_bytes()
-        assert scan.examine(Entry(path, "train", 3), odd) == Entry(
+        assert scan.scan_file(Entry(path, "train", 3), odd) == Entry(
             path, "train", 3, *SIZE, *reversed(GOOD[path]), len(content), hashlib.sha256(content).hexdigest(), None
         )
 
     @pytest.mark.parametrize("path", BAD)
     def test_a_bad_file_is_named_with_its_cause(self, odd: Path, path: str) -> None:
-        found = scan.examine(Entry(path, "test", 3), odd)
+        found = scan.scan_file(Entry(path, "test", 3), odd)
         assert (found.path, found.split, found.label) == (path, "test", 3)
         assert found.error is not None
         assert found.error.startswith(BAD[path])
@@ -70,15 +70,15 @@ class TestExamine:
 
     @pytest.mark.parametrize("path", ["nul\0.jpg", "plain.jpg/x.jpg", 300 * "x"])
     def test_a_path_that_cannot_be_is_bad(self, odd: Path, path: str) -> None:
-        assert scan.examine(Entry(path, "train", 0), odd).error
+        assert scan.scan_file(Entry(path, "train", 0), odd).error
 
     def test_an_absolute_path_needs_no_folder(self, odd: Path) -> None:
-        assert scan.examine(Entry(str(odd / "plain.jpg"), "train", 0), Path("elsewhere")).error is None
+        assert scan.scan_file(Entry(str(odd / "plain.jpg"), "train", 0), Path("elsewhere")).error is None
 
     def test_flipped_bytes_show_in_the_hash_alone(self, data: Path) -> None:
-        before = scan.examine(Entry("plain.jpg", "train", 0), data)
+        before = scan.scan_file(Entry("plain.jpg", "train", 0), data)
         flip_a_byte(data / "plain.jpg")
-        after = scan.examine(Entry("plain.jpg", "train", 0), data)
+        after = scan.scan_file(Entry("plain.jpg", "train", 0), data)
         assert (after.bytes, after.error) == (before.bytes, None)
         assert after.sha256 != before.sha256
 
@@ -266,7 +266,7 @@ class TestStopped:
             return entry
 
         with monkeypatch.context() as patched:
-            patched.setattr(scan, "examine", examine)
+            patched.setattr(scan, "scan_file", examine)
             yield
 
     def test_an_interrupt_writes_nothing(self, data: Path, interrupted: None) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from rcl_fast.train.data.samples import Samples
 from rcl_fast.train.loaders import build
-from rcl_fast.train.loaders.base import Reading, training_reading
+from rcl_fast.train.loaders.base import LoaderSpec, training_spec
 from rcl_fast.train.loaders.build import choose, make_loader
 from rcl_fast.train.options import LoaderName, ViewOptions
 
@@ -17,13 +17,13 @@ PIXELS = Samples(np.zeros((4, 16, 16, 3), np.uint8), np.array([0, 0, 1, 1]))
 FILES = Samples([f"/data/{number}.jpg" for number in range(4)], np.array([0, 0, 1, 1]))
 
 
-def reading(samples: Samples, options: ViewOptions = OPTIONS) -> Reading:
-    return training_reading(samples, ("randaugment", "sim", "sim"), options, seed=0, batch_size=2)
+def spec(samples: Samples, options: ViewOptions = OPTIONS) -> LoaderSpec:
+    return training_spec(samples, ("randaugment", "sim", "sim"), options, seed=0, batch_size=2)
 
 
 def test_images_in_memory_stay_on_the_device() -> None:
     for device in (CPU, GPU):
-        assert choose(reading(PIXELS), device) == ("device", None)
+        assert choose(spec(PIXELS), device) == ("device", None)
 
 
 @pytest.mark.parametrize(
@@ -34,15 +34,15 @@ def test_files_go_through_dali_for_a_gpu_where_it_is_installed(
     device: torch.device, dali: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "has_dali", lambda: dali)
-    assert choose(reading(FILES), device)[0] == expected
+    assert choose(spec(FILES), device)[0] == expected
 
 
 def test_only_a_gpu_without_dali_gets_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "has_dali", lambda: True)
-    assert choose(reading(FILES), GPU)[1] is None
+    assert choose(spec(FILES), GPU)[1] is None
     monkeypatch.setattr(build, "has_dali", lambda: False)
-    assert choose(reading(FILES), CPU)[1] is None
-    note = choose(reading(FILES), GPU)[1]
+    assert choose(spec(FILES), CPU)[1] is None
+    note = choose(spec(FILES), GPU)[1]
     assert note is not None
     assert "pip install '.[dali]'" in note
 
@@ -50,7 +50,7 @@ def test_only_a_gpu_without_dali_gets_a_note(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_randaugment_that_only_timm_carries_out_goes_to_torchvision() -> None:
     options = dataclasses.replace(OPTIONS, randaugment="rand-n2-m10-inc1")
     for samples in (PIXELS, FILES):
-        name, note = choose(reading(samples, options), GPU)
+        name, note = choose(spec(samples, options), GPU)
         assert name == "torchvision"
         assert note is not None
         assert "rand-n2-m10-inc1" in note
@@ -61,21 +61,21 @@ def test_without_dali_its_loader_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ImportError, match=r"\.\[dali\]"):
-        make_loader("dali", reading(FILES), device=CPU, workers=1)
+        make_loader("dali", spec(FILES), device=CPU, workers=1)
 
 
 def test_the_device_loader_has_no_use_for_files() -> None:
     with pytest.raises(ValueError, match="--loader"):
-        make_loader("device", reading(FILES), device=CPU, workers=0)
+        make_loader("device", spec(FILES), device=CPU, workers=0)
 
 
 @pytest.mark.parametrize("name", ["torchvision", "device"])
 def test_each_is_built_by_name(name: LoaderName) -> None:
-    loader = make_loader(name, reading(PIXELS), device=CPU, workers=0)
-    assert loader.identity["loader"].startswith(name)
+    loader = make_loader(name, spec(PIXELS), device=CPU, workers=0)
+    assert loader.fingerprint["loader"].startswith(name)
     assert len(list(loader.epoch(0))) == loader.steps_per_epoch == 2
 
 
 def test_another_name_is_refused() -> None:
     with pytest.raises(ValueError, match="no loader 'auto'"):
-        make_loader("auto", reading(PIXELS), device=CPU, workers=0)
+        make_loader("auto", spec(PIXELS), device=CPU, workers=0)

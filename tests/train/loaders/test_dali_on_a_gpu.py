@@ -15,7 +15,7 @@ pytest.importorskip("nvidia.dali")
 from test_loaders import KINDS, OPTIONS, by_index, levels_apart, mean_levels_apart, smooth, training
 
 from rcl_fast.train.data.samples import Samples
-from rcl_fast.train.loaders.base import Loader, evaluation_reading, training_reading
+from rcl_fast.train.loaders.base import Loader, evaluation_spec, training_spec
 from rcl_fast.train.loaders.build import make_loader
 from rcl_fast.train.options import ViewKind
 
@@ -27,8 +27,8 @@ COUNT = 64
 
 
 def on_the_gpu(samples: Samples, kind: ViewKind) -> Loader:
-    reading = training_reading(samples, (kind,), OPTIONS, seed=0, batch_size=COUNT, drop_last=False)
-    return make_loader("dali", reading, device=torch.device("cuda"), workers=2)
+    spec = training_spec(samples, (kind,), OPTIONS, seed=0, batch_size=COUNT, drop_last=False)
+    return make_loader("dali", spec, device=torch.device("cuda"), workers=2)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def test_jpegs_are_decoded_as_pillow_does(tmp_path: Path) -> None:
     samples = Samples(paths, np.zeros(8, np.int64))
     options = dataclasses.replace(OPTIONS, image_size=64)
     loaders = [
-        make_loader(name, evaluation_reading(samples, options, batch_size=8), device=torch.device(device), workers=0)
+        make_loader(name, evaluation_spec(samples, options, batch_size=8), device=torch.device(device), workers=0)
         for name, device in (("dali", "cuda"), ("torchvision", "cpu"))
     ]
-    dali, pillow = (next(iter(loader.epoch(0)))["x1"].cpu() for loader in loaders)
+    dali, pillow = (next(iter(loader.epoch(0))).views[0].cpu() for loader in loaders)
     assert mean_levels_apart(dali, pillow) < 1
     assert levels_apart(dali, pillow) <= 6

@@ -16,10 +16,10 @@ from rcl_fast.train.loaders.base import (
     Batch,
     Loader,
     StateMismatch,
-    evaluation_reading,
-    position,
-    state,
-    training_reading,
+    evaluation_spec,
+    loader_state,
+    read_loader_state,
+    training_spec,
 )
 from rcl_fast.train.loaders.build import make_loader
 from rcl_fast.train.options import LoaderName, ViewKind, ViewOptions
@@ -76,20 +76,24 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 def training(
     name: LoaderName, samples: Samples, kinds: tuple[ViewKind, ...] = KINDS, workers: int = 1, **changes: int
 ) -> Loader:
-    reading = training_reading(samples, kinds, OPTIONS, **{"seed": 0, "batch_size": 8, "drop_last": False, **changes})
-    return make_loader(name, reading, device=CPU, workers=0 if name == "torchvision" else workers)
+    spec = training_spec(samples, kinds, OPTIONS, **{"seed": 0, "batch_size": 8, "drop_last": False, **changes})
+    return make_loader(name, spec, device=CPU, workers=0 if name == "torchvision" else workers)
 
 
 def evaluation(name: LoaderName, samples: Samples, options: ViewOptions = OPTIONS, **changes: int) -> Loader:
-    reading = evaluation_reading(samples, options, **{"batch_size": 6, **changes})
-    return make_loader(name, reading, device=CPU, workers=0 if name == "torchvision" else 1)
+    spec = evaluation_spec(samples, options, **{"batch_size": 6, **changes})
+    return make_loader(name, spec, device=CPU, workers=0 if name == "torchvision" else 1)
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        len(a.views) == len(b.views) and all(map(torch.equal, tensors(a), tensors(b)))
         for a, b in zip(first, second, strict=True)
     )
+
+
+def tensors(batch: Batch) -> tuple[torch.Tensor, ...]:
+    return (*batch.views, batch.labels, batch.indices)
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -98,7 +102,7 @@ def test_epochs_repeat_go_on_from_any_step_and_survive_being_broken_off(name: Lo
     loader = training(name, samples)
     whole = list(loader.epoch(1))
     assert len(whole) == loader.steps_per_epoch == 3
-    assert [len(batch["label"]) for batch in whole] == [8, 8, 6]
+    assert [len(batch.labels) for batch in whole] == [8, 8, 6]
     next(iter(loader.epoch(7)))
     assert same(list(loader.epoch(1)), whole)
     for start in range(4):
@@ -111,12 +115,12 @@ def test_epochs_repeat_go_on_from_any_step_and_survive_being_broken_off(name: Lo
 @pytest.mark.parametrize("name", LOADERS)
 def test_what_a_batch_is(name: LoaderName) -> None:
     batch = next(iter(training(name, marked()).epoch(0)))
-    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
-        **{f"x{number}": (torch.float32, (8, 3, 16, 16)) for number in (1, 2, 3)},
-        "label": (torch.int64, (8,)),
-        "index": (torch.int64, (8,)),
-    }
-    assert all(torch.isfinite(batch[f"x{number}"]).all() for number in (1, 2, 3))
+    assert [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors(batch)] == [
+        *[(torch.float32, (8, 3, 16, 16))] * 3,
+        (torch.int64, (8,)),
+        (torch.int64, (8,)),
+    ]
+    assert all(torch.isfinite(view).all() for view in batch.views)
 
 
 @pytest.mark.parametrize("in_files", [False, True], ids=["pixels", "files"])
@@ -129,10 +133,10 @@ def test_labels_follow_images_through_training(name: LoaderName, in_files: bool,
     seen = []
     for batch in loader.epoch(3):
         mean, std = (torch.tensor(value)[:, None, None] for value in (OPTIONS.mean, OPTIONS.std))
-        colors = (255 * (batch["x1"] * std + mean)).round().amax((1, 2, 3)).long()
-        assert torch.equal(colors, batch["index"])
-        assert torch.equal(batch["label"], batch["index"] % 5)
-        seen += batch["index"].tolist()
+        colors = (255 * (batch.views[0] * std + mean)).round().amax((1, 2, 3)).long()
+        assert torch.equal(colors, batch.indices)
+        assert torch.equal(batch.labels, batch.indices % 5)
+        seen += batch.indices.tolist()
     assert sorted(seen) == list(range(COUNT))
 
 
@@ -140,28 +144,35 @@ def test_labels_follow_images_through_training(name: LoaderName, in_files: bool,
 def test_processes_see_what_one_process_sees(name: LoaderName) -> None:
     samples = Samples(smooth(COUNT, 16), np.arange(COUNT) % 5)
     whole = list(training(name, samples).epoch(0))
-    ranks = [list(training(name, samples, rank=rank, world=2).epoch(0)) for rank in range(2)]
-    joined = [{key: torch.cat([a[key], b[key]]) for key in a} for a, b in zip(*ranks, strict=True)]
+    ranks = [list(training(name, samples, rank=rank, world_size=2).epoch(0)) for rank in range(2)]
+    joined = [
+        Batch(
+            tuple(map(torch.cat, zip(one.views, other.views, strict=True))),
+            torch.cat([one.labels, other.labels]),
+            torch.cat([one.indices, other.indices]),
+        )
+        for one, other in zip(*ranks, strict=True)
+    ]
     assert same(joined, whole)
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("name", LOADERS)
-def test_evaluation_sees_each_image_once(name: LoaderName, world: int, files: Samples) -> None:
+def test_evaluation_sees_each_image_once(name: LoaderName, world_size: int, files: Samples) -> None:
     samples = marked() if name == "device" else files
-    loaders = [evaluation(name, samples, rank=rank, world=world) for rank in range(world)]
+    loaders = [evaluation(name, samples, rank=rank, world_size=world_size) for rank in range(world_size)]
     batches = [batch for loader in loaders for batch in loader.epoch(0)]
-    index = torch.cat([batch["index"] for batch in batches])
+    index = torch.cat([batch.indices for batch in batches])
     assert index.tolist() == list(range(COUNT))
-    marks = torch.cat([batch["x1"][:, 0, 0, 0] for batch in batches]) * OPTIONS.std[0] + OPTIONS.mean[0]
+    marks = torch.cat([batch.views[0][:, 0, 0, 0] for batch in batches]) * OPTIONS.std[0] + OPTIONS.mean[0]
     assert torch.equal((255 * marks).round().long(), index)
     assert same([b for loader in loaders for b in loader.epoch(5)], batches)
 
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_position_is_refused_where_it_does_not_fit(name: LoaderName) -> None:
-    saved = state(training(name, marked()), epoch=2, step=1)
-    assert position(training(name, marked()), saved) == (2, 1)
+    saved = loader_state(training(name, marked()), epoch=2, step=1)
+    assert read_loader_state(training(name, marked()), saved) == (2, 1)
     other = "device" if name != "device" else "dali"
     for loader in (
         training(name, marked(21)),
@@ -170,17 +181,17 @@ def test_a_position_is_refused_where_it_does_not_fit(name: LoaderName) -> None:
         training(other, marked()),
     ):
         with pytest.raises(StateMismatch):
-            position(loader, saved)
+            read_loader_state(loader, saved)
 
 
 def test_a_run_of_dali_with_numba_is_refused_by_name() -> None:
     """Numba's pixels were Pillow's, a rounding away from the graph's; its runs called themselves DALI 2."""
     loader = training("dali", marked())
-    saved = state(loader, epoch=2, step=1)
-    with_numba = loader.identity["loader"].replace("DALI 3, without Numba", "DALI 2")
-    saved["identity"] = {**loader.identity, "loader": with_numba}
+    saved = loader_state(loader, epoch=2, step=1)
+    with_numba = loader.fingerprint["loader"].replace("DALI 3, without Numba", "DALI 2")
+    saved["identity"] = {**loader.fingerprint, "loader": with_numba}
     with pytest.raises(StateMismatch, match=r"was DALI 2 \(.*now DALI 3, without Numba"):
-        position(loader, saved)
+        read_loader_state(loader, saved)
 
 
 @pytest.mark.parametrize("size", [(100, 60), (60, 100), (40, 40), (17, 90)], ids=str)
@@ -192,12 +203,12 @@ def test_evaluation_resizes_and_crops_alike(size: tuple[int, int], tmp_path: Pat
     for path, picture in zip(paths, pictures, strict=True):
         Image.fromarray(picture).save(path)
     in_files = Samples(paths, np.zeros(3, np.int64))
-    expected = next(iter(evaluation("torchvision", in_files, options).epoch(0)))["x1"]
+    expected = next(iter(evaluation("torchvision", in_files, options).epoch(0))).views[0]
     for found in (
         evaluation("dali", in_files, options),
         evaluation("device", Samples(np.ascontiguousarray(pictures), in_files.labels), options),
     ):
-        assert levels_apart(next(iter(found.epoch(0)))["x1"], expected) <= 1
+        assert levels_apart(next(iter(found.epoch(0))).views[0], expected) <= 1
 
 
 def levels_apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -221,7 +232,7 @@ def test_device_and_dali_make_twins(kind: ViewKind) -> None:
 def by_index(loader: Loader, epoch: int) -> torch.Tensor:
     """View x1 of every image of a one-batch epoch, in the images' order."""
     (batch,) = loader.epoch(epoch)
-    return batch["x1"][batch["index"].argsort()]
+    return batch.views[0][batch.indices.argsort()]
 
 
 def mean_levels_apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -265,10 +276,10 @@ def test_a_gpus_graph_copies_nothing_unasked(
     options = dataclasses.replace(OPTIONS, evaluation="resize_center_crop", resize=20)
     samples = files if in_files else marked()
     if kinds:
-        reading = training_reading(samples, kinds, options, seed=0, batch_size=8)
+        spec = training_spec(samples, kinds, options, seed=0, batch_size=8)
     else:
-        reading = evaluation_reading(samples, options, batch_size=8)
-    pipeline = dali._views(dali._Source(reading, {}), reading, batch_size=8, num_threads=1, device_id=0)
+        spec = evaluation_spec(samples, options, batch_size=8)
+    pipeline = dali._views(dali._Source(spec, {}), spec, batch_size=8, num_threads=1, device_id=0)
     pipeline._build_graph()
     assert {instance._op.device for instance in pipeline._ops} >= {"cpu", "gpu"}
     assert mixed == []
@@ -279,7 +290,7 @@ def test_a_large_image_goes_through_three_different_views(tmp_path: Path) -> Non
     Image.fromarray(smooth(1, 300)[0]).save(tmp_path / "image.jpg", quality=95)
     samples = Samples([str(tmp_path / "image.jpg")], np.zeros(1, np.int64))
     (batch,) = training("dali", samples, kinds=("sim", "sim", "randaugment")).epoch(0)
-    assert len({batch[name].numpy().tobytes() for name in ("x1", "x2", "x3")}) == 3
+    assert len({view.numpy().tobytes() for view in batch.views}) == 3
 
 
 def test_exif_rotation_is_ignored_as_pillow_does(tmp_path: Path) -> None:
@@ -288,7 +299,7 @@ def test_exif_rotation_is_ignored_as_pillow_does(tmp_path: Path) -> None:
     exif[0x0112] = 6  # "turn me by 90 degrees"
     picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     samples = Samples([str(tmp_path / "turned.jpg")], np.zeros(1, np.int64))
-    dali, pillow = (next(iter(evaluation(name, samples).epoch(0)))["x1"] for name in ("dali", "torchvision"))
+    dali, pillow = (next(iter(evaluation(name, samples).epoch(0))).views[0] for name in ("dali", "torchvision"))
     assert levels_apart(dali, pillow) <= 1
 
 
@@ -301,11 +312,11 @@ def test_a_bad_image_is_left_out_when_asked_and_the_loader_lives(
     samples = Samples([*files.images[:10], str(empty), *files.images[11:]], files.labels)
     said: list[str] = []
     keep: Callable[[Exception], None] = lambda error: said.append(str(error))  # noqa: E731
-    reading = training_reading(samples, KINDS, OPTIONS, seed=0, batch_size=8, drop_last=False, on_bad=keep)
-    loader = make_loader(name, reading, device=CPU, workers=0)
+    spec = training_spec(samples, KINDS, OPTIONS, seed=0, batch_size=8, drop_last=False, on_bad=keep)
+    loader = make_loader(name, spec, device=CPU, workers=0)
     for epoch in range(2):
         batches = list(loader.epoch(epoch))
-        index = torch.cat([batch["index"] for batch in batches])
+        index = torch.cat([batch.indices for batch in batches])
         assert sorted(index.tolist()) == [number for number in range(COUNT) if number != 10]
-        assert torch.equal(torch.cat([batch["label"] for batch in batches]), index % 5)
+        assert torch.equal(torch.cat([batch.labels for batch in batches]), index % 5)
     assert said == [f"cannot read the image {empty}: the file is empty"] * 2

@@ -7,7 +7,7 @@ from rcl_fast.train.loaders.sampler import class_balanced_batches, evaluation_ba
 
 batch_arguments = {
     "n": st.integers(1, 300),
-    "world": st.integers(1, 5),
+    "world_size": st.integers(1, 5),
     "local": st.integers(1, 40),
     "epoch": st.integers(0, 1_000),
     "seed": st.integers(0, 2**40),
@@ -17,43 +17,43 @@ batch_arguments = {
 class TestTrainingBatches:
     @given(**batch_arguments)
     def test_the_ranks_slices_make_up_the_batch_of_one_process(
-        self, n: int, world: int, local: int, epoch: int, seed: int
+        self, n: int, world_size: int, local: int, epoch: int, seed: int
     ) -> None:
-        if n < world:
+        if n < world_size:
             return
-        arguments = {"epoch": epoch, "seed": seed, "batch_size": world * local, "drop_last": True}
+        arguments = {"epoch": epoch, "seed": seed, "batch_size": world_size * local, "drop_last": True}
         whole = training_batches(n, **arguments)
-        ranks = [training_batches(n, rank=rank, world=world, **arguments) for rank in range(world)]
-        assert {len(rank) for rank in ranks} == {len(whole)} == {max(n // (world * local), 1)}
+        ranks = [training_batches(n, rank=rank, world_size=world_size, **arguments) for rank in range(world_size)]
+        assert {len(rank) for rank in ranks} == {len(whole)} == {max(n // (world_size * local), 1)}
         for batch, *slices in zip(whole, *ranks, strict=True):
             assert np.array_equal(np.concatenate(slices), batch)
-            assert max(map(len, slices)) - min(map(len, slices)) <= (0 if n >= world * local else 1)
+            assert max(map(len, slices)) - min(map(len, slices)) <= (0 if n >= world_size * local else 1)
         seen = np.concatenate(whole)
-        assert len(np.unique(seen)) == len(seen) == (n - n % (world * local) if n >= world * local else n)
+        assert len(np.unique(seen)) == len(seen) == (n - n % (world_size * local) if n >= world_size * local else n)
 
     @given(**batch_arguments)
     def test_the_rest_can_be_kept_and_no_rank_is_ever_without_samples(
-        self, n: int, world: int, local: int, epoch: int, seed: int
+        self, n: int, world_size: int, local: int, epoch: int, seed: int
     ) -> None:
-        if n < world:
+        if n < world_size:
             return
         ranks = [
             training_batches(
                 n,
                 epoch=epoch,
                 seed=seed,
-                batch_size=world * local,
+                batch_size=world_size * local,
                 rank=rank,
-                world=world,
+                world_size=world_size,
                 drop_last=False,
             )
-            for rank in range(world)
+            for rank in range(world_size)
         ]
         assert len({len(rank) for rank in ranks}) == 1
         assert all(len(batch) for rank in ranks for batch in rank)
         seen = np.concatenate([batch for rank in ranks for batch in rank])
-        rest = n % (world * local)
-        assert len(np.unique(seen)) == len(seen) == (n - rest if rest < world else n)
+        rest = n % (world_size * local)
+        assert len(np.unique(seen)) == len(seen) == (n - rest if rest < world_size else n)
 
     def test_the_order_is_shuffled_by_seed_and_epoch_alone(self) -> None:
         def order(seed: int, epoch: int) -> list[int]:
@@ -65,17 +65,20 @@ class TestTrainingBatches:
 
     def test_a_batch_that_ranks_cannot_share_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"batch_size 10 .* is not a multiple of 3"):
-            training_batches(100, epoch=0, seed=0, batch_size=10, world=3)
+            training_batches(100, epoch=0, seed=0, batch_size=10, world_size=3)
         with pytest.raises(ValueError, match="2 training samples cannot be shared by 3 processes"):
-            training_batches(2, epoch=0, seed=0, batch_size=9, world=3)
+            training_batches(2, epoch=0, seed=0, batch_size=9, world_size=3)
 
 
-@given(n=st.integers(1, 300), world=st.integers(1, 5), local=st.integers(2, 40))
-def test_every_evaluation_sample_comes_once_in_order(n: int, world: int, local: int) -> None:
-    ranks = [evaluation_batches(n, batch_size=world * local, rank=rank, world=world) for rank in range(world)]
+@given(n=st.integers(1, 300), world_size=st.integers(1, 5), local=st.integers(2, 40))
+def test_every_evaluation_sample_comes_once_in_order(n: int, world_size: int, local: int) -> None:
+    ranks = [
+        evaluation_batches(n, batch_size=world_size * local, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     assert np.concatenate([batch for rank in ranks for batch in rank]).tolist() == list(range(n))
     assert all(0 < len(batch) <= local for rank in ranks for batch in rank)
-    if n >= world:
+    if n >= world_size:
         assert len({len(rank) for rank in ranks}) == 1
 
 

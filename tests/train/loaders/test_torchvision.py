@@ -10,7 +10,7 @@ from PIL import Image
 
 from rcl_fast.train.data.samples import BadImage, Samples
 from rcl_fast.train.loaders import torchvision
-from rcl_fast.train.loaders.base import Batch, evaluation_reading, training_reading
+from rcl_fast.train.loaders.base import Batch, evaluation_spec, training_spec
 from rcl_fast.train.loaders.torchvision import TorchvisionLoader
 from rcl_fast.train.options import ViewKind, ViewOptions
 
@@ -32,18 +32,18 @@ def training_loader(
     kinds: tuple[ViewKind, ...] = VIEWS,
     seed: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
 ) -> TorchvisionLoader:
-    reading = training_reading(samples, kinds, OPTIONS, seed=seed, batch_size=8, rank=rank, world=world)
-    return TorchvisionLoader(reading, workers=workers)
+    spec = training_spec(samples, kinds, OPTIONS, seed=seed, batch_size=8, rank=rank, world_size=world_size)
+    return TorchvisionLoader(spec, workers=workers)
 
 
 def evaluation_loader(
-    samples: Samples, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    samples: Samples, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> TorchvisionLoader:
-    reading = evaluation_reading(samples, OPTIONS, batch_size=batch_size, rank=rank, world=world)
-    return TorchvisionLoader(reading, workers=workers)
+    spec = evaluation_spec(samples, OPTIONS, batch_size=batch_size, rank=rank, world_size=world_size)
+    return TorchvisionLoader(spec, workers=workers)
 
 
 def noise(n: int) -> Samples:
@@ -62,7 +62,8 @@ def epochs(workers: int, seed: int = 0) -> list[list[Batch]]:
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        all(map(torch.equal, (*a.views, a.labels, a.indices), (*b.views, b.labels, b.indices)))
+        and len(a.views) == len(b.views)
         for a, b in zip(first, second, strict=True)
     )
 
@@ -77,14 +78,9 @@ class TestTrainingLoader:
         loader = training_loader(noise(22))
         assert loader.steps_per_epoch == len(without_workers[0]) == 2
         for batch in without_workers[0]:
-            assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
-                "x1": (torch.float32, (8, 3, 16, 16)),
-                "x2": (torch.float32, (8, 3, 16, 16)),
-                "x3": (torch.float32, (8, 3, 16, 16)),
-                "label": (torch.int64, (8,)),
-                "index": (torch.int64, (8,)),
-            }
-            assert torch.equal(batch["label"], batch["index"] % 5)
+            assert [(view.dtype, tuple(view.shape)) for view in batch.views] == [(torch.float32, (8, 3, 16, 16))] * 3
+            assert [(of.dtype, tuple(of.shape)) for of in (batch.labels, batch.indices)] == [(torch.int64, (8,))] * 2
+            assert torch.equal(batch.labels, batch.indices % 5)
 
     def test_workers_change_nothing(self, without_workers: list[list[Batch]]) -> None:
         for expected, found in zip(without_workers, epochs(workers=2), strict=True):
@@ -97,27 +93,34 @@ class TestTrainingLoader:
     def test_epochs_differ_and_repeat(self, without_workers: list[list[Batch]]) -> None:
         first, second, again = without_workers
         assert same(first, again)
-        assert not torch.equal(first[0]["index"], second[0]["index"])
+        assert not torch.equal(first[0].indices, second[0].indices)
 
     def test_an_image_is_augmented_anew_in_every_epoch_view_and_seed(self, without_workers: list[list[Batch]]) -> None:
         def views_of(batches: list[Batch], sample: int) -> list[bytes]:
             return [
-                batch[view][row].numpy().tobytes()
+                view[row].numpy().tobytes()
                 for batch in batches
-                for row in (batch["index"] == sample).nonzero().flatten()
-                for view in ("x2", "x3")
+                for row in (batch.indices == sample).nonzero().flatten()
+                for view in batch.views[1:]
             ]
 
         runs = [without_workers[0], without_workers[1], epochs(workers=0, seed=1)[0]]
-        in_all = set.intersection(*({int(i) for batch in run for i in batch["index"]} for run in runs))
+        in_all = set.intersection(*({int(i) for batch in run for i in batch.indices} for run in runs))
         sample = min(in_all)
         assert len({view for run in runs for view in views_of(run, sample)}) == 6
 
     def test_ranks_see_the_images_that_one_process_sees(self) -> None:
         make = partial(training_loader, noise(22))
         whole = list(make().epoch(3))
-        ranks = [list(make(rank=rank, world=2).epoch(3)) for rank in range(2)]
-        joined = [{key: torch.cat([a[key], b[key]]) for key in a} for a, b in zip(*ranks, strict=True)]
+        ranks = [list(make(rank=rank, world_size=2).epoch(3)) for rank in range(2)]
+        joined = [
+            Batch(
+                tuple(map(torch.cat, zip(one.views, other.views, strict=True))),
+                torch.cat([one.labels, other.labels]),
+                torch.cat([one.indices, other.indices]),
+            )
+            for one, other in zip(*ranks, strict=True)
+        ]
         assert same(whole, joined)
 
     def test_the_global_generators_are_left_alone(self) -> None:
@@ -133,20 +136,22 @@ class TestTrainingLoader:
 
     def test_without_a_contrastive_loss_there_is_one_view(self) -> None:
         (batch,) = training_loader(noise(8), kinds=("randaugment",)).epoch(0)
-        assert batch.keys() == {"x1", "label", "index"}
+        assert len(batch.views) == 1
 
 
 class TestEvaluationLoader:
-    @pytest.mark.parametrize("world", [1, 2, 3])
-    def test_each_sample_once_over_all_ranks_with_its_own_image(self, world: int) -> None:
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    def test_each_sample_once_over_all_ranks_with_its_own_image(self, world_size: int) -> None:
         samples = noise(23)
-        loaders = [evaluation_loader(samples, batch_size=6, rank=rank, world=world) for rank in range(world)]
+        loaders = [
+            evaluation_loader(samples, batch_size=6, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
         batches = [batch for loader in loaders for batch in loader.epoch(0)]
         assert sum(loader.steps_per_epoch for loader in loaders) == len(batches)
-        index = torch.cat([batch["index"] for batch in batches])
+        index = torch.cat([batch.indices for batch in batches])
         assert index.tolist() == list(range(23))
-        assert torch.equal(torch.cat([batch["label"] for batch in batches]), index % 5)
-        marks = torch.cat([batch["x1"][:, 0, 0, 0] for batch in batches])
+        assert torch.equal(torch.cat([batch.labels for batch in batches]), index % 5)
+        marks = torch.cat([batch.views[0][:, 0, 0, 0] for batch in batches])
         assert torch.equal((255 * marks).round().long(), index)
 
     def test_epochs_are_the_same(self) -> None:
@@ -173,7 +178,7 @@ def threads(image: Image.Image) -> torch.Tensor:
 def test_workers_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision, "evaluation_view", lambda options: threads)
     loader = evaluation_loader(noise(2), batch_size=1, workers=2)
-    assert [int(batch["x1"]) for batch in loader.epoch(0)] == [1, 1]
+    assert [int(batch.views[0]) for batch in loader.epoch(0)] == [1, 1]
 
 
 def test_torch_has_nothing_to_warn_of() -> None:

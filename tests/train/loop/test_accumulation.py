@@ -7,23 +7,24 @@ from torch import Tensor, nn
 
 from rcl_fast.train.config import parse
 from rcl_fast.train.loaders import build
+from rcl_fast.train.loaders.base import Batch
 from rcl_fast.train.loop.step import train_step
 from rcl_fast.train.loop.training import start_training
-from rcl_fast.train.runtime.machine import choose_machine
+from rcl_fast.train.runtime.hardware import choose_runtime
 
 PARTS = 3
 
 
 def test_both_passes_draw_the_same_and_statistics_move_once(tmp_path: Path) -> None:
     config = parse(["--device", "cpu", "--loader", "device", "--batch-size", "10", "--accumulate", str(PARTS)])
-    machine = choose_machine(config.run)
-    splits = build.load(config, print)
-    training = start_training(config, splits, machine)
+    runtime = choose_runtime(config.run)
+    splits = build.load(config)
+    training = start_training(config, splits, runtime)
     norm = nn.BatchNorm1d(64)
     training.model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 64), norm, nn.Dropout(0.5))
     seen: list[Tensor] = []
     training.model.backbone.register_forward_hook(lambda *passed: seen.append(passed[2].detach()))
-    batch = next(iter(build.training_loader(config, splits, machine, print).epoch(0)))
+    batch = next(iter(build.training_loader(config, splits, runtime).epoch(0)))
     losses = train_step(training, batch)
 
     assert [len(part) for part in seen] == 2 * [3 * 4, 3 * 3, 3 * 3]  # three views of 4 + 3 + 3 images
@@ -40,9 +41,9 @@ def test_both_passes_draw_the_same_and_statistics_move_once(tmp_path: Path) -> N
 
 def test_a_batch_smaller_than_its_parts_is_cut_into_images() -> None:
     config = parse(["--device", "cpu", "--loss", "ce", "--loader", "device", "--accumulate", "16"])
-    machine = choose_machine(config.run)
-    splits = build.load(config, print)
-    training = start_training(config, splits, machine)
-    batch = next(iter(build.training_loader(config, splits, machine, print).epoch(0)))
-    losses = train_step(training, {name: value[:5] for name, value in batch.items()})
+    runtime = choose_runtime(config.run)
+    splits = build.load(config)
+    training = start_training(config, splits, runtime)
+    batch = next(iter(build.training_loader(config, splits, runtime).epoch(0)))
+    losses = train_step(training, Batch(tuple(view[:5] for view in batch.views), batch.labels[:5], batch.indices[:5]))
     assert losses["loss"].isfinite()

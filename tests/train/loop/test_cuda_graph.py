@@ -17,34 +17,35 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from rcl_fast.train.config import parse, recipe
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.samples import Samples
+from rcl_fast.train.errors import NonFiniteLoss, UserError
 from rcl_fast.train.jobs import train
 from rcl_fast.train.loaders import build, device
-from rcl_fast.train.loaders.base import Batch, training_reading
+from rcl_fast.train.loaders.base import Batch, training_spec
 from rcl_fast.train.loaders.device import DeviceLoader
 from rcl_fast.train.loop import cuda_graph, loss_readback
-from rcl_fast.train.loop.cuda_graph import WholeStep
-from rcl_fast.train.loop.loss_readback import NonFiniteLoss, StepLosses
+from rcl_fast.train.loop.cuda_graph import GraphedStep
+from rcl_fast.train.loop.loss_readback import LossReadback
 from rcl_fast.train.loop.progress import Progress
 from rcl_fast.train.loop.step import train_step
 from rcl_fast.train.loop.training import Training, start_training
 from rcl_fast.train.options import Config, ViewOptions, training_kinds
 from rcl_fast.train.rundir import checkpoints
-from rcl_fast.train.runtime.machine import Machine, choose_machine
-from rcl_fast.train.views.params import NUMBER, Draws, draw, plan
+from rcl_fast.train.runtime.hardware import Runtime, choose_runtime
+from rcl_fast.train.views.params import NUMBER, ViewParams, plan_view, sample_params
 
 LOSSES = ("ce", "ldam_drw", "scl", "bcl_rcl")
 
 
-def settings(output: Path, *arguments: str) -> Config:
+def configure(output: Path, *arguments: str) -> Config:
     return parse(["--loader", "device", "--batch-size", "100", "--epochs", "4", "--output", str(output), *arguments])
 
 
 def started(config: Config) -> tuple[Training, DeviceLoader]:
-    machine = choose_machine(config.run)
-    splits = build.load(config, print)
-    loader = build.training_loader(config, splits, machine, print)
+    runtime = choose_runtime(config.run)
+    splits = build.load(config)
+    loader = build.training_loader(config, splits, runtime)
     assert isinstance(loader, DeviceLoader)
-    return start_training(config, splits, machine), loader
+    return start_training(config, splits, runtime), loader
 
 
 def capture_without_a_gpu(recorded: list[Any]) -> Callable[..., Any]:
@@ -71,7 +72,7 @@ def capture_without_a_gpu(recorded: list[Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def step_by_step_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a loss's run without a graph, made once."""
-    return cache(lambda loss: train.run(settings(tmp_path_factory.mktemp("plain") / loss, "--loss", loss)))
+    return cache(lambda loss: train.run(configure(tmp_path_factory.mktemp("plain") / loss, "--loss", loss)))
 
 
 @pytest.mark.usefixtures("without_reports")
@@ -83,7 +84,7 @@ def test_a_run_of_whole_steps_is_the_run_step_by_step(
     recorded: list[int] = []
     monkeypatch.setattr(cuda_graph, "capture", capture_without_a_gpu(recorded))
     monkeypatch.setattr(cuda_graph, "check", lambda *_: None)
-    whole = train.run(settings(tmp_path / "whole", "--loss", loss, "--cuda-graph"))
+    whole = train.run(configure(tmp_path / "whole", "--loss", loss, "--cuda-graph"))
     ours, theirs = (checkpoints.load(folder / checkpoints.LAST) for folder in (whole, plain))
     for name, tensor in theirs["model"].items():
         assert torch.equal(tensor, ours["model"][name]), name
@@ -101,15 +102,15 @@ def test_a_stopped_run_of_whole_steps_goes_on_step_by_step(
     expected = step_by_step_run("bcl_rcl")
     monkeypatch.setattr(cuda_graph, "capture", capture_without_a_gpu([]))
     monkeypatch.setattr(cuda_graph, "check", lambda *_: None)
-    step = WholeStep.__call__
+    step = GraphedStep.__call__
 
-    def interrupted(self: WholeStep, training: Training, batch: dict) -> dict:
+    def interrupted(self: GraphedStep, training: Training, batch: Batch) -> dict:
         if training.epoch == 2:
             raise KeyboardInterrupt
         return step(self, training, batch)
 
-    monkeypatch.setattr(WholeStep, "__call__", interrupted)
-    folder = train.run(settings(tmp_path / "run", "--loss", "bcl_rcl", "--cuda-graph"))
+    monkeypatch.setattr(GraphedStep, "__call__", interrupted)
+    folder = train.run(configure(tmp_path / "run", "--loss", "bcl_rcl", "--cuda-graph"))
     train.run(parse(["--resume", str(folder), "--no-cuda-graph"]))
     ours, theirs = (checkpoints.load(each / checkpoints.LAST)["model"] for each in (folder, expected))
     for name, tensor in theirs.items():
@@ -147,16 +148,16 @@ def test_the_host_neither_waits_nor_copies_in_a_whole_step(
     """On a device that holds no values: whatever asks for one, for which a GPU would have to be waited for, fails."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not know this device
     config = parse(["--dataset", dataset, "--loss", loss, "--clip-grad-norm", "1", "--backend", "tiled"])
-    machine = Machine(META, "fp32", torch.channels_last)
+    runtime = Runtime(META, "fp32", torch.channels_last)
     splits = made_up(config.views.image_size)
-    training = start_training(config, splits, machine)
-    training.network.train()
+    training = start_training(config, splits, runtime)
+    training.ddp_model.train()
     if training.objective.contrastive is not None:
         training.objective.contrastive.set_compression(torch.ones(splits.num_classes))
     kinds = training_kinds(config.views, config.contrastive)
-    step = WholeStep(DeviceLoader(training_reading(splits.train, kinds, config.views, seed=0, batch_size=16), META))
-    batch = next(step.order.epoch(0))
-    inputs = cuda_graph.Inputs(batch["index_there"], batch["epoch"], torch.zeros((), device="meta"))
+    step = GraphedStep(DeviceLoader(training_spec(splits.train, kinds, config.views, seed=0, batch_size=16), META))
+    batch = next(step.loader.epoch(0))
+    inputs = cuda_graph.Inputs(batch.indices_on_device, batch.epoch, torch.zeros((), device="meta"))
     step._step(training, inputs)  # makes what is made once
     with OneDevice():
         losses = step._step(training, inputs)
@@ -171,16 +172,14 @@ def test_compiled_views_are_the_views_and_one_compilation_serves_every_epoch(
 ) -> None:
     options = recipe(dataset, "bcl_rcl").views
     kinds = training_kinds(options, contrastive=True)
-    reading = training_reading(made_up(options.image_size).train, kinds, options, seed=0, batch_size=20)
-    plain, compiled = (DeviceLoader(reading, torch.device("cpu")) for _ in range(2))
+    spec = training_spec(made_up(options.image_size).train, kinds, options, seed=0, batch_size=20)
     # Traced as a GPU's views are, and not handed to a compiler: that of a GPU is not here, a CPU's takes a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    compiled.compile()
+    plain, compiled = (DeviceLoader(spec, torch.device("cpu"), compile=compile) for compile in (False, True))
     torch._dynamo.utils.counters.clear()
     for epoch in range(2):
         for one, other in zip(plain.epoch(epoch), compiled.epoch(epoch), strict=True):
-            for name in ("x1", "x2", "x3"):
-                assert torch.equal(one[name], other[name]), (epoch, name)
+            assert all(map(torch.equal, one.views, other.views)), epoch
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -188,8 +187,8 @@ def test_views_with_randaugment_are_not_compiled(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(torch, "compile")
     options = dataclasses.replace(recipe("cifar100_lt", "bcl_rcl").views, x2="sim_randaugment")
     kinds = training_kinds(options, contrastive=True)
-    reading = training_reading(made_up(32).train, kinds, options, seed=0, batch_size=20)
-    DeviceLoader(reading, torch.device("cpu")).compile()
+    spec = training_spec(made_up(32).train, kinds, options, seed=0, batch_size=20)
+    DeviceLoader(spec, torch.device("cpu"), compile=True)
 
 
 WITHIN = 1.0
@@ -203,24 +202,28 @@ as Equalize's whole view does on a count: these views don't, or the test that ro
 """
 
 
-def seen_on(device: torch.device, dataset: str) -> tuple[DeviceLoader, ViewOptions]:
+def seen_on(device: torch.device, dataset: str, *, compile: bool = False) -> tuple[DeviceLoader, ViewOptions]:
     """128 images in one batch an epoch, not as bright or as dark as they could be: AutoContrast and Equalize show."""
     options = recipe(dataset, "bcl_rcl").views
     pixels = np.random.default_rng(0).integers(60, 200, (128, options.image_size, options.image_size, 3), np.uint8)
     samples = Samples(pixels, np.arange(128) % 4)
     kinds = training_kinds(options, contrastive=True)
-    return DeviceLoader(training_reading(samples, kinds, options, seed=0, batch_size=128), device), options
+    spec = training_spec(samples, kinds, options, seed=0, batch_size=128)
+    return DeviceLoader(spec, device, compile=compile), options
 
 
-def batch_of(loader: DeviceLoader, epoch: int) -> Batch:
+Views = tuple[torch.Tensor, ...]
+
+
+def views_of(loader: DeviceLoader, epoch: int) -> Views:
     (batch,) = loader.epoch(epoch)
-    return batch
+    return batch.views
 
 
-def apart(one: Batch, other: Batch, options: ViewOptions) -> torch.Tensor:
+def apart(one: Views, other: Views, options: ViewOptions) -> torch.Tensor:
     """How far views are from each other in the mean, in levels of 255: [3 · B], on the CPU."""
     std = torch.tensor(options.std)[:, None, None]
-    parts = [(one[name].cpu() - other[name].cpu()).mul(255 * std).abs().mean((1, 2, 3)) for name in ("x1", "x2", "x3")]
+    parts = [(a.cpu() - b.cpu()).mul(255 * std).abs().mean((1, 2, 3)) for a, b in zip(one, other, strict=True)]
     return torch.cat(parts)
 
 
@@ -246,10 +249,10 @@ def test_views_that_are_rounded_otherwise_are_the_views(dataset: str) -> None:
     torch.manual_seed(0)
     loader, options = seen_on(torch.device("cpu"), dataset)
     for epoch in range(2):
-        expected = batch_of(loader, epoch)
+        expected = views_of(loader, epoch)
         with RoundedOtherwise():
-            found = batch_of(loader, epoch)
-        assert not torch.equal(found["x1"], expected["x1"])  # if only where they are normalised
+            found = views_of(loader, epoch)
+        assert not torch.equal(found[0], expected[0])  # if only where they are normalised
         assert apart(found, expected, options).max() <= WITHIN
 
 
@@ -258,25 +261,25 @@ def test_views_without_an_operation_or_with_the_draws_of_others_are_not_the_view
     dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader, options = seen_on(torch.device("cpu"), dataset)
-    expected = batch_of(loader, 0)
+    expected = views_of(loader, 0)
     kinds = training_kinds(options, contrastive=True)
-    operations = {name for kind in kinds for slot in plan(kind, options).slots for name in slot}
-    assert apart(batch_of(loader, 1), expected, options).median() > 10 * WITHIN
+    operations = {name for kind in kinds for slot in plan_view(kind, options).slots for name in slot}
+    assert apart(views_of(loader, 1), expected, options).median() > 10 * WITHIN
 
-    def without(name: str) -> Callable[..., Draws]:
-        def drawn(kind: Any, *arguments: Any, **named: Any) -> Draws:
-            draws = draw(kind, *arguments, **named)
+    def without(name: str) -> Callable[..., ViewParams]:
+        def changed(kind: Any, *arguments: Any, **named: Any) -> ViewParams:
+            params = sample_params(kind, *arguments, **named)
             if name in NUMBER:
-                return draws._replace(operations=torch.where(draws.operations == NUMBER[name], 0, draws.operations))
-            part = getattr(draws, name)
-            return draws._replace(**{name: part[:1].expand_as(part)})
+                return params._replace(operations=torch.where(params.operations == NUMBER[name], 0, params.operations))
+            part = getattr(params, name)
+            return params._replace(**{name: part[:1].expand_as(part)})
 
-        return drawn
+        return changed
 
     parts = {"areas", "place", "affine"} if dataset == "digits_lt" else {"areas", "place", "flip", "cutout"}
     for name in sorted(operations | parts):
-        monkeypatch.setattr(device, "draw", without(name))
-        assert apart(batch_of(loader, 0), expected, options).max() > WITHIN, name
+        monkeypatch.setattr(device, "sample_params", without(name))
+        assert apart(views_of(loader, 0), expected, options).max() > WITHIN, name
 
 
 @pytest.mark.gpu
@@ -284,20 +287,20 @@ def test_views_without_an_operation_or_with_the_draws_of_others_are_not_the_view
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_views_of_a_gpu_are_the_cpus_and_compiled_ones_too(dataset: str) -> None:
     (cpu, options), (plain, _), (compiled, _) = (
-        seen_on(torch.device(name), dataset) for name in ("cpu", "cuda", "cuda")
+        seen_on(torch.device(name), dataset, compile=compile)
+        for name, compile in (("cpu", False), ("cuda", False), ("cuda", True))
     )
-    compiled.compile()
     for epoch in range(2):
-        on_cpu, on_gpu, found = (batch_of(loader, epoch) for loader in (cpu, plain, compiled))
+        on_cpu, on_gpu, found = (views_of(loader, epoch) for loader in (cpu, plain, compiled))
         assert apart(on_gpu, on_cpu, options).max() <= WITHIN
         assert apart(found, on_gpu, options).max() <= WITHIN
 
 
 def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
-    training, loader = started(settings(tmp_path))
-    training.network.train()
-    step = WholeStep(loader)
-    batches = list(step.order.epoch(0))
+    training, loader = started(configure(tmp_path))
+    training.ddp_model.train()
+    step = GraphedStep(loader)
+    batches = list(step.loader.epoch(0))
     step._replay = lambda: {}  # nothing to capture: only what is to be written before a replay
     step(training, batches[0])
     assert step._inputs is not None
@@ -328,7 +331,7 @@ def changing(training: Training) -> list[torch.Tensor]:
     ],
 )
 def test_what_cannot_be_captured_is_said(arguments: list[str], said: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(UserError, match=said):
         train.run(parse(["--device", "cpu", "--cuda-graph", "--output", str(tmp_path / "run"), *arguments]))
     assert not (tmp_path / "run").exists()
 
@@ -378,8 +381,8 @@ def test_a_capture_warms_up_aside_records_once_and_then_only_replays(
 ) -> None:
     """Without a GPU it can be shown which calls are made, and not that CUDA takes them: for that is the next test."""
     cuda = FakeCuda(monkeypatch)
-    training, loader = started(settings(tmp_path))
-    training.network.train()
+    training, loader = started(configure(tmp_path))
+    training.ddp_model.train()
     before = [tensor.clone() for tensor in changing(training)]
     batch = next(loader.epoch(0))
 
@@ -414,7 +417,7 @@ def test_a_captured_step_is_the_step(compiled: bool, tmp_path: Path, monkeypatch
     flags = ["--precision", "fp32", "--compression-from", "0.25", *(["--compile"] if compiled else [])]
     found = []
     for more in ([], ["--cuda-graph"]):
-        folder = train.run(settings(tmp_path / f"run{len(found)}", *flags, *more))
+        folder = train.run(configure(tmp_path / f"run{len(found)}", *flags, *more))
         found.append(checkpoints.load(folder / checkpoints.LAST)["history"])
     for one, other in zip(*found, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
@@ -444,59 +447,59 @@ def test_a_captured_step_of_cifar_in_bf16_is_as_near_to_float32_as_the_step(
     times the error with the draws of the epoch before, 69 without an update, 71 with the rate of the epoch before.
     """
     training = cifar_training("bf16", *more)
-    plain, captured = (losses_of_cifar(take, training) - exact_losses for take in (step_by_step, WholeStep.__call__))
+    plain, captured = (losses_of_cifar(take, training) - exact_losses for take in (step_by_step, GraphedStep.__call__))
     ratios = captured.square().mean(0) / plain.square().mean(0)
     assert ratios.max() <= float(stats.f.isf(1e-6 / len(ratios), SEEDS, SEEDS))
 
 
 def cifar_training(precision: str, *more: str) -> Training:
     config = parse(["--dataset", "cifar100_lt", "--precision", precision, *more])
-    return start_training(config, made_up(32), choose_machine(config.run))
+    return start_training(config, made_up(32), choose_runtime(config.run))
 
 
 def losses_of_cifar(take: Callable[..., dict[str, torch.Tensor]], training: Training) -> torch.Tensor:
     """float64 [seeds, 4]: of two steps of an epoch and two of the next, on made-up pixels."""
-    training.network.train()
-    step = WholeStep(cifar_loader(training.config, training.machine.device))
+    training.ddp_model.train()
+    step = GraphedStep(cifar_loader(training.config, training.runtime.device))
     losses = []
     for seed in range(SEEDS):
         begin_anew(training, seed)
         for epoch, rate in enumerate(RATES, start=len(RATES) * seed):
             training.optimizer.param_groups[0]["lr"] = rate
             # Copied, as a graph writes the next one to the same place.
-            losses += [take(step, training, batch)["loss"].clone() for batch in step.order.epoch(epoch)]
+            losses += [take(step, training, batch)["loss"].clone() for batch in step.loader.epoch(epoch)]
     return torch.stack(losses).view(SEEDS, -1).double().cpu()
 
 
 def begin_anew(training: Training, seed: int) -> None:
     """From a seed's weights, in the same memory: what is compiled or captured serves all seeds."""
     run_options = dataclasses.replace(training.config.run, seed=seed)
-    fresh = start_training(dataclasses.replace(training.config, run=run_options), made_up(32), training.machine)
+    fresh = start_training(dataclasses.replace(training.config, run=run_options), made_up(32), training.runtime)
     training.model.load_state_dict(fresh.model.state_dict())
     for state in training.optimizer.state.values():
         state["momentum_buffer"].zero_()
 
 
-def step_by_step(step: WholeStep, training: Training, batch: dict) -> dict[str, torch.Tensor]:
-    rate = torch.zeros((), device=training.machine.device)  # only a graph reads its rate there
-    return step._step(training, cuda_graph.Inputs(batch["index_there"], batch["epoch"], rate))
+def step_by_step(step: GraphedStep, training: Training, batch: Batch) -> dict[str, torch.Tensor]:
+    rate = torch.zeros((), device=training.runtime.device)  # only a graph reads its rate there
+    return step._step(training, cuda_graph.Inputs(batch.indices_on_device, batch.epoch, rate))
 
 
 def cifar_loader(config: Config, device: torch.device) -> DeviceLoader:
     kinds = training_kinds(config.views, config.contrastive)
-    return DeviceLoader(training_reading(made_up(32).train, kinds, config.views, seed=0, batch_size=20), device)
+    return DeviceLoader(training_spec(made_up(32).train, kinds, config.views, seed=0, batch_size=20), device)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_captured_views_are_those_of_each_epoch(tmp_path: Path) -> None:
     """A graph that held the first epoch's draws for ever would train just as smoothly."""
-    training, _ = started(settings(tmp_path))
-    device = training.machine.device
+    training, _ = started(configure(tmp_path))
+    device = training.runtime.device
     loader, options = seen_on(device, "cifar100_lt")
     images, epoch = torch.arange(128, device=device), torch.zeros((), dtype=torch.int64, device=device)
     replay = cuda_graph.capture(lambda: loader.views(images, epoch), training)
-    first = {name: view.clone() for name, view in replay().items()}
+    first = tuple(view.clone() for view in replay())
     assert apart(first, loader.views(images, epoch), options).max() <= WITHIN
     epoch.fill_(1)
     second = replay()
@@ -532,9 +535,9 @@ def test_the_host_reads_losses_that_have_come_and_waits_only_where_it_is_far_ahe
     monkeypatch.setattr(torch.cuda, "Event", LateEvent)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     progress = Progress()
-    losses = StepLosses(progress, epoch=0)
-    batch = {"label": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
-    for number in range(loss_readback.MOST_UNDER_WAY):
+    losses = LossReadback(progress, epoch=0)
+    batch = Batch((), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    for number in range(loss_readback.MOST_PENDING):
         losses.add({"loss": torch.tensor(float(number))}, batch, images=2)
     assert progress.counted == 0
     made[0].ended = True

@@ -12,7 +12,7 @@ from rcl_fast.train.loop.evaluation import Evaluation, evaluate
 from rcl_fast.train.loop.step import train_step
 from rcl_fast.train.loop.training import Training, start_training
 from rcl_fast.train.network import models
-from rcl_fast.train.runtime.machine import choose_machine
+from rcl_fast.train.runtime.hardware import choose_runtime
 
 
 class Small(nn.Module):
@@ -41,19 +41,19 @@ def test_evaluation_of_a_compiled_network_compiles_nothing_and_finds_the_same(
     torch.compiler.reset()
     flags = ["--device", "cpu", "--loader", "device", "--loss", "ce", "--batch-size", "96", "--output", str(tmp_path)]
     config = parse([*flags, "--compile"])
-    machine = choose_machine(config.run)
-    splits = build.load(config, print)
+    runtime = choose_runtime(config.run)
+    splits = build.load(config)
     assert len(splits.test) % 96
-    test = build.evaluation_loader(config, splits.test, machine, print)
-    pictured = torch.ones(len(splits.test), dtype=torch.bool)
+    test = build.evaluation_loader(config, splits.test, runtime)
+    keep_features = torch.ones(len(splits.test), dtype=torch.bool)
 
     def evaluated(training: Training) -> Evaluation:
-        return evaluate(training.model, test, splits.num_classes, machine, pictured)
+        return evaluate(training.model, test, splits.num_classes, runtime, keep_features)
 
-    compiled, plain = start_training(config, splits, machine), start_training(parse(flags), splits, machine)
-    batches = build.training_loader(config, splits, machine, print).epoch(0)
+    compiled, plain = start_training(config, splits, runtime), start_training(parse(flags), splits, runtime)
+    batches = build.training_loader(config, splits, runtime).epoch(0)
     for _ in range(2):
-        compiled.network.train()
+        compiled.ddp_model.train()
         train_step(compiled, next(batches))
         plain.model.load_state_dict(compiled.model.state_dict())
         for found, expected in zip(evaluated(compiled), evaluated(plain), strict=True):

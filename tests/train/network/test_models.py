@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from rcl_fast.train.errors import UserError
 from rcl_fast.train.network.models import LongTailedClassifier, ResNet32, build_backbone
 from rcl_fast.train.options import ModelOptions
 
@@ -39,7 +40,7 @@ def test_timm_backbones_by_name() -> None:
 
 @pytest.mark.parametrize("arch", ["resnet18", "timm/resnet_fifty"])
 def test_an_unknown_architecture_says_what_there_is(arch: str) -> None:
-    with pytest.raises(SystemExit, match="resnet"):
+    with pytest.raises(UserError, match="resnet"):
         build_backbone(arch)
 
 

@@ -8,7 +8,8 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from rcl_fast.train.rundir import checkpoints
+from rcl_fast.train.errors import UserError
+from rcl_fast.train.rundir import checkpoint_files, checkpoints
 from rcl_fast.train.rundir.checkpoints import BEST, LAST, MID_EPOCH, PREVIOUS
 
 
@@ -48,7 +49,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoints(tmp_path: Path, monkeypat
     save(tmp_path, LAST, 1)
     save(tmp_path, LAST, 2)
     monkeypatch.setattr(checkpoints, "_write", full_disk)
-    with pytest.raises(SystemExit, match=r"No space left.*as it was: last\.pt, previous\.pt\..*--resume"):
+    with pytest.raises(UserError, match=r"No space left.*as it was: last\.pt, previous\.pt\..*--resume"):
         save(tmp_path, LAST, 3)
     assert {path.name for path in tmp_path.iterdir()} == {LAST, PREVIOUS}
     assert checkpoints.newest(tmp_path).state["epoch"] == 2
@@ -57,14 +58,14 @@ def test_a_write_that_fails_leaves_the_old_checkpoints(tmp_path: Path, monkeypat
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
 def test_what_torch_makes_of_a_full_disk_is_explained(tmp_path: Path) -> None:
     (tmp_path / "last.pt.unfinished").symlink_to("/dev/full")
-    with pytest.raises(SystemExit, match=r"can't be written .*No checkpoint was written yet"):
+    with pytest.raises(UserError, match=r"can't be written .*No checkpoint was written yet"):
         save(tmp_path, LAST, 1)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"can't be written to .*file .*make it writable, then start again"):
+    with pytest.raises(UserError, match=r"can't be written to .*file .*make it writable, then start again"):
         save(tmp_path / "file", LAST, 1)
 
 
@@ -107,7 +108,7 @@ def test_a_kill_between_the_two_renames_loses_no_more_than_the_new_one(
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, LAST, 2)
     monkeypatch.undo()
-    assert checkpoints.exist(tmp_path)
+    assert checkpoint_files.exist(tmp_path)
     assert checkpoints.newest(tmp_path).path.name == PREVIOUS
     checkpoints.clear_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [PREVIOUS]
@@ -121,17 +122,17 @@ class Malicious:
 def test_a_checkpoint_is_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Malicious()}, BEST)
-    with pytest.raises(SystemExit, match=r"can't be read as a checkpoint"):
+    with pytest.raises(UserError, match=r"can't be read as a checkpoint"):
         checkpoints.load(Path(BEST))
     assert not Path("executed").exists()
 
 
 def test_damage_and_absence_are_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no checkpoint .*last\.pt"):
+    with pytest.raises(UserError, match=r"no checkpoint .*last\.pt"):
         checkpoints.newest(tmp_path)
-    with pytest.raises(SystemExit, match=r"best\.pt can't be read .*no such file"):
+    with pytest.raises(UserError, match=r"best\.pt can't be read .*no such file"):
         checkpoints.load(tmp_path / BEST)
     save(tmp_path, LAST, 1)
     cut_short(tmp_path / LAST)
-    with pytest.raises(SystemExit, match=r"none of the checkpoints in .* can be read: last\.pt: "):
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read: last\.pt: "):
         checkpoints.newest(tmp_path)

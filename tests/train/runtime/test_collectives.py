@@ -12,6 +12,6 @@ def test_the_mean_is_no_tensor_that_was_changed_in_place(monkeypatch: pytest.Mon
     """As tests/rcl_fast/test_autograd_functions.py says of the library's Functions, and why."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total)
     context = SimpleNamespace(save_for_backward=lambda *_: None)
-    mean = collectives._Mean.forward(context, torch.tensor(3.0), torch.tensor(2.0))
+    mean = collectives._AllReduceMean.forward(context, torch.tensor(3.0), torch.tensor(2.0))
     assert mean == 3
     assert mean._version == 0

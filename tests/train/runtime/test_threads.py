@@ -11,8 +11,6 @@ import torch
 from rcl_fast.train.runtime import threads
 from rcl_fast.train.runtime.threads import share_cpus, usable_cpus
 
-ROOT = Path(__file__).parents[3]
-
 
 def usable(tmp_path: Path, membership: str, quotas: dict[str, str]) -> int:
     """With these files below a cgroup folder: {path: text}."""
@@ -87,27 +85,39 @@ def test_the_users_number_goes_first(set_to: list[int], monkeypatch: pytest.Monk
 
 
 SAYS_ITS_POLICY = """
-import os, runpy, sys
-for name in ("torch", "tyro", "rich"):
-    sys.modules[name] = None  # the command ends at the first of them, after its first lines
+import importlib, os, sys
+sys.modules["torch"] = None  # the command ends where it would load PyTorch
+command = importlib.import_module(f"rcl_fast.train.{sys.argv[1]}")
+before = os.environ.get("OMP_WAIT_POLICY")
 try:
-    runpy.run_path(sys.argv[1], run_name=sys.argv[2])
+    command.main(sys.argv[2:])
 except ImportError:
-    print(os.environ.get("OMP_WAIT_POLICY"))
+    print(before, os.environ.get("OMP_WAIT_POLICY"))
 """
 
+COMMANDS = {
+    "run": [],
+    "verify": ["--dataset", "digits_lt"],
+    "second_stage": ["--run", "runs/NAME", "--method", "crt"],
+    "sweep": ["--dataset", "digits_lt", "--study", "runs/study", "--grid", "tau=1"],
+    "reproduce": ["table1"],
+}
 
-@pytest.mark.parametrize("command", ["run", "second_stage", "sweep", "reproduce"])
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_waits_passively_and_an_import_changes_nothing(command: str) -> None:
-    file = ROOT / "train" / f"{command}.py"
-    for name, given, expected in (("__main__", {}, "PASSIVE"), ("__main__", {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        assert policy(file, name, given) == expected
-    assert policy(file, "imported", {}) == "None"
+    """Started as a file or installed: all that is imported until the command runs does without PyTorch."""
+    assert policies(command, {}) == ["None", "PASSIVE"]
 
 
-def policy(file: Path, name: str, given: dict[str, str]) -> str:
+def test_the_users_policy_goes_first() -> None:
+    assert policies("run", {"OMP_WAIT_POLICY": "ACTIVE"}) == ["ACTIVE", "ACTIVE"]
+
+
+def policies(command: str, given: dict[str, str]) -> list[str]:
+    """Before the command ran, and when it loaded PyTorch."""
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
-    command = [sys.executable, "-c", SAYS_ITS_POLICY, str(file), name]
+    started = [sys.executable, "-c", SAYS_ITS_POLICY, command, *COMMANDS[command]]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, timeout=1200
-    ).stdout.strip()
+        started, env=environment, capture_output=True, text=True, check=True, timeout=1200
+    ).stdout.split()

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from rcl_fast.train.options import ViewKind, ViewOptions
 from rcl_fast.train.views import augment as views_module
 from rcl_fast.train.views.augment import augment, normalized
-from rcl_fast.train.views.params import NUMBER, OPERATIONS, Draws, Plan, draw, plan, resized_boxes
+from rcl_fast.train.views.params import NUMBER, OPERATIONS, Plan, ViewParams, plan_view, resized_boxes, sample_params
 
 NOTHING = Plan("none", False, (1.0, 1.0), (1.0, 1.0), (), True, (0, 0, 0), False, 0, 0)
 FILL = (125, 30, 220)
@@ -68,17 +68,17 @@ def with_pillow(images: Tensor, change: Callable[..., Image.Image], *arguments: 
     return torch.stack([from_pil(image) for image in changed])
 
 
-def chosen(n: int, **changes: Tensor) -> Draws:
+def chosen(n: int, **changes: Tensor) -> ViewParams:
     """Draws of nothing but `changes`."""
     nothing = torch.empty(n, 0)
-    none = Draws(nothing, nothing, nothing, torch.zeros(n, dtype=torch.bool), nothing.long(), *(nothing,) * 3)
+    none = ViewParams(nothing, nothing, nothing, torch.zeros(n, dtype=torch.bool), nothing.long(), *(nothing,) * 3)
     return none._replace(**changes)
 
 
 def only(name: str, images: Tensor, magnitudes: Tensor, **planned: object) -> Tensor:
     """That operation alone."""
-    drawn = chosen(len(images), operations=torch.full((len(images), 1), NUMBER[name]), magnitudes=magnitudes[:, None])
-    return augment(images, NOTHING._replace(slots=((name,),), **planned), drawn, images.shape[2])
+    params = chosen(len(images), operations=torch.full((len(images), 1), NUMBER[name]), magnitudes=magnitudes[:, None])
+    return augment(images, NOTHING._replace(slots=((name,),), **planned), params, images.shape[2])
 
 
 def largest_difference(a: Tensor, b: Tensor) -> int:
@@ -161,16 +161,18 @@ def test_every_operation_is_tested() -> None:
 VIEW_KINDS: tuple[ViewKind, ...] = ("autoaugment", "sim", "randaugment", "digits_sim")
 
 
-def view_of(kind: ViewKind, images: Tensor) -> tuple[Plan, Draws]:
-    return plan(kind, OPTIONS), draw(kind, OPTIONS, seed=0, epoch=0, index=torch.arange(len(images)), view=0)
+def view_of(kind: ViewKind, images: Tensor) -> tuple[Plan, ViewParams]:
+    return plan_view(kind, OPTIONS), sample_params(
+        kind, OPTIONS, seed=0, epoch=0, index=torch.arange(len(images)), view=0
+    )
 
 
-def one_by_one(images: Tensor, planned: Plan, draws: Draws) -> Tensor:
+def one_by_one(images: Tensor, planned: Plan, params: ViewParams) -> Tensor:
     """A resized crop and its operations on colors by Pillow, each image with its own draws."""
     side = torch.tensor(images.shape[2])
     views = []
     for row, image in enumerate(images):
-        mine = Draws(*(part[row : row + 1] for part in draws))
+        mine = ViewParams(*(part[row : row + 1] for part in params))
         top, left, height, width = resized_boxes(mine, planned.ratio, side[None], side[None])[0].int().tolist()
         view = F.resized_crop(to_pil(image), top, left, height, width, [32, 32])
         view = F.horizontal_flip(view) if mine.flip else view
@@ -189,8 +191,8 @@ def in_order(image: Image.Image, numbers: Tensor, magnitudes: Tensor) -> Image.I
 def test_a_whole_view_is_pillows() -> None:
     """But for a rounding of the crop here and there, which later operations multiply."""
     images = gradients(64)
-    planned, draws = view_of("sim", images)
-    apart = (augment(images, planned, draws, 32).int() - one_by_one(images, planned, draws).int()).abs()
+    planned, params = view_of("sim", images)
+    apart = (augment(images, planned, params, 32).int() - one_by_one(images, planned, params).int()).abs()
     assert (apart == 0).float().mean() > 0.98
     assert apart.float().mean() < 0.1
 
@@ -230,8 +232,8 @@ def test_cutout_is_the_square_of_the_views() -> None:
     white = torch.full((32 * 32, 3, 32, 32), 255, dtype=torch.uint8)
     row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     center = torch.stack([row, column], dim=-1).reshape(-1, 2)
-    drawn = chosen(len(white), cutout=(center + 0.5).double() / 32)
-    found = augment(white, NOTHING._replace(cutout=16), drawn, 32)
+    params = chosen(len(white), cutout=(center + 0.5).double() / 32)
+    found = augment(white, NOTHING._replace(cutout=16), params, 32)
     for (top, left), view in zip((center - 8).tolist(), found, strict=True):
         expected = torch.full((3, 32, 32), 255, dtype=torch.uint8)
         expected[:, max(top, 0) : top + 16, max(left, 0) : left + 16] = 0

@@ -27,7 +27,7 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from rcl_fast.train.views import dali_graph
-from rcl_fast.train.views.params import CROP_ATTEMPTS, NUMBER, OPERATIONS, Draws, Plan, resized_boxes
+from rcl_fast.train.views.params import CROP_ATTEMPTS, NUMBER, OPERATIONS, Plan, ViewParams, resized_boxes
 
 # Levels of 255 by which an operation may differ from Pillow's.
 BOUNDS = {
@@ -48,9 +48,9 @@ BOUNDS = {
 }
 
 
-def carried_out(images: Tensor, planned: Plan, draws: Draws) -> Tensor:
+def carried_out(images: Tensor, planned: Plan, params: ViewParams) -> Tensor:
     """Operations on uint8 [B, 3, S, S], in one pipeline."""
-    inputs = dali_graph.given(planned, draws, images.shape[2])
+    inputs = dali_graph.given(planned, params, images.shape[2])
 
     @pipeline_def(batch_size=len(images), num_threads=2, device_id=None, enable_conditionals=True)
     def pipeline():
@@ -78,8 +78,8 @@ def outcomes(images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     parts = {name: magnitudes_of(name, len(images)) * (0.2 if name == "hue" else 1) for name in IN_PLACE}
     numbers = torch.cat([torch.full((len(images), 1), NUMBER[name]) for name in parts])
     magnitudes = torch.cat(list(parts.values()))[:, None]
-    draws = chosen(len(numbers), operations=numbers, magnitudes=magnitudes)
-    found = carried_out(images.repeat(len(parts), 1, 1, 1), NOTHING._replace(slots=(tuple(parts),)), draws)
+    params = chosen(len(numbers), operations=numbers, magnitudes=magnitudes)
+    found = carried_out(images.repeat(len(parts), 1, 1, 1), NOTHING._replace(slots=(tuple(parts),)), params)
     return {
         name: (mine, with_pillow(images, IN_PLACE[name], parts[name]))
         for name, mine in zip(parts, found.split(len(images)), strict=True)
@@ -99,8 +99,8 @@ def test_each_operation_on_colors_is_pillows_within_rounding(
 def test_a_whole_view_is_pillows() -> None:
     """But for roundings, of which later operations make more: of one pixel in ten by the crop already."""
     images = gradients(64)
-    planned, draws = view_of("sim", images)
-    apart = (carried_out(images, planned, draws).int() - one_by_one(images, planned, draws).int()).abs()
+    planned, params = view_of("sim", images)
+    apart = (carried_out(images, planned, params).int() - one_by_one(images, planned, params).int()).abs()
     assert apart.float().mean() < 2
 
 
@@ -110,8 +110,8 @@ def test_each_movement_is_pillows(name: str, nearest: bool) -> None:
     """Of soft images, where a position a rounding away is a level away; at the border it may fall in or out."""
     images = IMAGES["gradients"]
     magnitudes = magnitudes_of(name, len(images))
-    draws = chosen(len(images), operations=torch.full((len(images), 1), NUMBER[name]), magnitudes=magnitudes[:, None])
-    found = carried_out(images, NOTHING._replace(slots=((name,),), nearest=nearest, fill=FILL), draws)
+    params = chosen(len(images), operations=torch.full((len(images), 1), NUMBER[name]), magnitudes=magnitudes[:, None])
+    found = carried_out(images, NOTHING._replace(slots=((name,),), nearest=nearest, fill=FILL), params)
     mode = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
     expected = with_pillow(
         images, lambda image, by: GEOMETRY[name](image, by, resample=mode, fillcolor=FILL), magnitudes
@@ -122,8 +122,8 @@ def test_each_movement_is_pillows(name: str, nearest: bool) -> None:
 
 def test_an_operation_that_was_not_drawn_changes_nothing() -> None:
     images = IMAGES["noise"]
-    draws = chosen(len(images), operations=torch.zeros(len(images), 1).long(), magnitudes=torch.ones(len(images), 1))
-    assert torch.equal(carried_out(images, NOTHING._replace(slots=(OPERATIONS[1:],)), draws), images)
+    params = chosen(len(images), operations=torch.zeros(len(images), 1).long(), magnitudes=torch.ones(len(images), 1))
+    assert torch.equal(carried_out(images, NOTHING._replace(slots=(OPERATIONS[1:],)), params), images)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (60, 400), (400, 60), (33, 32)], ids=str)
@@ -133,19 +133,19 @@ def test_boxes_in_the_graph_are_those_of_the_draws(size: tuple[int, int]) -> Non
     make = torch.Generator().manual_seed(0)
     areas = 0.08 + 0.92 * torch.rand(many, CROP_ATTEMPTS, generator=make)
     ratios = torch.exp(torch.empty(many, CROP_ATTEMPTS).uniform_(np.log(3 / 4), np.log(4 / 3), generator=make))
-    draws = chosen(many, areas=areas, ratios=ratios, place=torch.rand(many, 2, generator=make).double())
+    params = chosen(many, areas=areas, ratios=ratios, place=torch.rand(many, 2, generator=make).double())
     shape = np.tile(np.array([*size, 3], np.int64), (many, 1))
 
     @pipeline_def(batch_size=many, num_threads=2, device_id=None, enable_conditionals=True)
     def pipeline():
         given = fn.external_source(
-            lambda: [shape, areas.numpy(), ratios.numpy(), draws.place.numpy()], num_outputs=4, batch=True
+            lambda: [shape, areas.numpy(), ratios.numpy(), params.place.numpy()], num_outputs=4, batch=True
         )
         return dali_graph.resized_box(given[0], ratio, *given[1:])
 
     found = np.concatenate([output.as_array() for output in pipeline().run()], axis=1)
     height, width = (torch.full((many,), side) for side in size)
-    assert np.array_equal(found, resized_boxes(draws, ratio, height, width).numpy())
+    assert np.array_equal(found, resized_boxes(params, ratio, height, width).numpy())
 
 
 def test_a_hue_beyond_a_sixth_of_a_turn_is_refused() -> None:

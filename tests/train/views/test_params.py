@@ -19,16 +19,16 @@ from torchvision.transforms import v2
 
 from rcl_fast.train.config import recipe
 from rcl_fast.train.options import ViewKind
-from rcl_fast.train.views.params import JITTER, NUMBER, OPERATIONS, Draws, draw, plan, resized_boxes
+from rcl_fast.train.views.params import JITTER, NUMBER, OPERATIONS, ViewParams, plan_view, resized_boxes, sample_params
 
 MANY = 20_000
 VIEWS = {name: recipe(name, "bcl_rcl").views for name in ("digits_lt", "cifar100_lt", "imagenet_lt")}
 NOT_BY_CHANCE = 1e-4  # seeds are fixed: a test that passes passes always
 
 
-def drawn(kind: ViewKind, dataset: str, count: int = MANY, **key: int) -> Draws:
+def sampled(kind: ViewKind, dataset: str, count: int = MANY, **key: int) -> ViewParams:
     key = {"seed": 0, "epoch": 0, "view": 0, **key}
-    return draw(kind, VIEWS[dataset], index=torch.arange(count), **key)
+    return sample_params(kind, VIEWS[dataset], index=torch.arange(count), **key)
 
 
 def assert_same_distribution(ours: Sequence[float] | torch.Tensor, theirs: Sequence[float] | torch.Tensor) -> None:
@@ -54,28 +54,28 @@ class TestStreams:
     def test_a_draw_depends_on_its_own_image_alone(self, kind: ViewKind) -> None:
         options = VIEWS["cifar100_lt"]
         index = torch.tensor([7, 3, 100_000, 3])
-        together = draw(kind, options, seed=5, epoch=2, index=index, view=1)
+        together = sample_params(kind, options, seed=5, epoch=2, index=index, view=1)
         for row, image in enumerate(index):
-            alone = draw(kind, options, seed=5, epoch=2, index=image[None], view=1)
+            alone = sample_params(kind, options, seed=5, epoch=2, index=image[None], view=1)
             for ours, single in zip(together, alone, strict=True):
                 assert torch.equal(ours[row], single[0])
 
     @pytest.mark.parametrize("part", ["seed", "epoch", "view"])
     def test_neighbouring_keys_have_nothing_in_common(self, part: str) -> None:
-        one, other = drawn("sim", "cifar100_lt"), drawn("sim", "cifar100_lt", **{part: 1})
+        one, other = sampled("sim", "cifar100_lt"), sampled("sim", "cifar100_lt", **{part: 1})
         for ours, theirs in ((one.place[:, 0], other.place[:, 0]), (one.areas[:, 0], other.areas[:, 0])):
             for shift in (0, 1):  # the same image, and the next
                 correlation = np.corrcoef(ours[: MANY - shift], theirs[shift:])[0, 1]
                 assert abs(correlation) < 4.5 / math.sqrt(MANY)
 
     def test_neighbouring_images_have_nothing_in_common(self) -> None:
-        place = drawn("sim", "cifar100_lt").place
+        place = sampled("sim", "cifar100_lt").place
         assert abs(np.corrcoef(place[:-1, 0], place[1:, 0])[0, 1]) < 4.5 / math.sqrt(MANY)
         assert abs(np.corrcoef(place[:, 0], place[:, 1])[0, 1]) < 4.5 / math.sqrt(MANY)
         assert stats.kstest(place.flatten().numpy(), "uniform").pvalue > NOT_BY_CHANCE
 
     def test_seeds_may_be_large(self) -> None:
-        one, other = (drawn("sim", "cifar100_lt", 10, seed=seed) for seed in (2**40, 2**40 + 1))
+        one, other = (sampled("sim", "cifar100_lt", 10, seed=seed) for seed in (2**40, 2**40 + 1))
         assert not torch.equal(one.place, other.place)
 
 
@@ -83,9 +83,9 @@ class TestCrops:
     @pytest.mark.parametrize("size", [(32, 32), (375, 500), (60, 400), (400, 60)], ids=str)
     def test_resized_boxes_are_torchvisions(self, size: tuple[int, int]) -> None:
         """Among them long images, whose attempts often fail."""
-        planned, draws = plan("sim", VIEWS["imagenet_lt"]), drawn("sim", "imagenet_lt", 6000)
+        planned, params = plan_view("sim", VIEWS["imagenet_lt"]), sampled("sim", "imagenet_lt", 6000)
         height, width = (torch.full((6000,), side) for side in size)
-        ours = resized_boxes(draws, planned.ratio, height, width)
+        ours = resized_boxes(params, planned.ratio, height, width)
         torch.manual_seed(0)
         image = torch.empty(3, *size)
         theirs = np.array(
@@ -100,27 +100,27 @@ class TestCrops:
         assert (ours[:, 1] + ours[:, 3] <= size[1]).all()
 
     def test_padded_crops_and_cutout_may_lie_anywhere(self) -> None:
-        draws = drawn("autoaugment", "cifar100_lt")
-        for places, count in ((draws.place, 9), (draws.cutout, 32)):
+        params = sampled("autoaugment", "cifar100_lt")
+        for places, count in ((params.place, 9), (params.cutout, 32)):
             for axis in range(2):
                 found = np.bincount((places[:, axis] * count).long(), minlength=count)
                 assert stats.chisquare(found).pvalue > NOT_BY_CHANCE
 
     @pytest.mark.parametrize("kind", ["crop_flip", "autoaugment", "sim", "randaugment"])
     def test_half_of_the_images_are_flipped(self, kind: ViewKind) -> None:
-        assert_rate(drawn(kind, "cifar100_lt").flip, 0.5)
+        assert_rate(sampled(kind, "cifar100_lt").flip, 0.5)
 
     def test_digits_are_never_flipped(self) -> None:
-        assert not drawn("digits", "digits_lt").flip.any()
+        assert not sampled("digits", "digits_lt").flip.any()
 
 
 class TestJitter:
     def test_strengths_and_order_are_torchvisions(self) -> None:
-        draws = drawn("sim", "cifar100_lt")
-        applied = draws.operations[:, 0] > 0
+        params = sampled("sim", "cifar100_lt")
+        applied = params.operations[:, 0] > 0
         assert_rate(applied, VIEWS["cifar100_lt"].jitter_probability)
-        assert ((draws.operations[:, :4] > 0) == applied[:, None]).all()  # all four or none
-        operations, magnitudes = draws.operations[applied, :4], draws.magnitudes[applied, :4]
+        assert ((params.operations[:, :4] > 0) == applied[:, None]).all()  # all four or none
+        operations, magnitudes = params.operations[applied, :4], params.magnitudes[applied, :4]
         orders = Counter(map(tuple, operations.tolist()))
         assert len(orders) == 24
         assert stats.chisquare(list(orders.values())).pvalue > NOT_BY_CHANCE
@@ -132,13 +132,13 @@ class TestJitter:
             assert_same_distribution(magnitudes[operations == NUMBER[name]], theirs[:, number])
 
     def test_randaugments_jitter_has_no_hue_and_always_applies(self) -> None:
-        operations = drawn("randaugment", "imagenet_lt").operations[:, :3]
+        operations = sampled("randaugment", "imagenet_lt").operations[:, :3]
         expected = sorted(NUMBER[name] for name in ("brightness", "contrast", "saturation"))
         assert (operations.sort(1).values == torch.tensor(expected)).all()
 
     @pytest.mark.parametrize("kind", ["sim", "sim_randaugment"])
     def test_gray_has_its_rate(self, kind: ViewKind) -> None:
-        gray = drawn(kind, "imagenet_lt").operations[:, 4]
+        gray = sampled(kind, "imagenet_lt").operations[:, 4]
         assert_rate(gray == NUMBER["gray"], VIEWS["imagenet_lt"].gray_probability)
         assert set(gray.unique().tolist()) == {0, NUMBER["gray"]}
 
@@ -180,9 +180,9 @@ def test_autoaugment_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
         recorded.clear()
         transform(image)
         theirs[tuple(recorded)] += 1
-    draws = drawn("autoaugment", "cifar100_lt")
+    params = sampled("autoaugment", "cifar100_lt")
     ours: Counter[Hashable] = Counter()
-    for numbers, magnitudes in zip(draws.operations.tolist(), draws.magnitudes.tolist(), strict=True):
+    for numbers, magnitudes in zip(params.operations.tolist(), params.magnitudes.tolist(), strict=True):
         pair = zip(numbers, magnitudes, strict=True)
         ours[tuple((OPERATIONS[number], round(magnitude, 3)) for number, magnitude in pair if number)] += 1
     assert_same_rates(ours, theirs)
@@ -213,8 +213,8 @@ def test_randaugment_is_timms() -> None:
         pairs[tuple(name for name, _ in recorded)] += 1
         for name, argument in recorded:
             theirs[name].append(argument * (options.image_size if name.startswith("translate") else 1))
-    draws = drawn("randaugment", "imagenet_lt")
-    operations, magnitudes = draws.operations[:, 3:], draws.magnitudes[:, 3:]
+    params = sampled("randaugment", "imagenet_lt")
+    operations, magnitudes = params.operations[:, 3:], params.magnitudes[:, 3:]
     ours: Counter[Hashable] = Counter(
         tuple(OPERATIONS[number] for number in numbers if number) for numbers in operations.tolist()
     )
@@ -227,7 +227,7 @@ def test_randaugment_is_timms() -> None:
 
 
 def test_the_digits_affine_is_torchvisions() -> None:
-    affine = drawn("digits", "digits_lt").affine
+    affine = sampled("digits", "digits_lt").affine
     torch.manual_seed(0)
     theirs = np.array(
         [
@@ -244,4 +244,4 @@ def test_the_digits_affine_is_torchvisions() -> None:
 @pytest.mark.parametrize("variant", ["rand-n2-m10-inc1", "rand-n2-m10-mstd101", "rand-n2-m10-tweights"])
 def test_other_randaugments_are_refused(variant: str) -> None:
     with pytest.raises(ValueError, match="--loader torchvision"):
-        plan("randaugment", dataclasses.replace(VIEWS["imagenet_lt"], randaugment=variant))
+        plan_view("randaugment", dataclasses.replace(VIEWS["imagenet_lt"], randaugment=variant))

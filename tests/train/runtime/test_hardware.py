@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from rcl_fast.train.errors import UserError
 from rcl_fast.train.options import RunOptions
-from rcl_fast.train.runtime.machine import choose_machine
+from rcl_fast.train.runtime.hardware import choose_runtime
 
 
 @pytest.mark.parametrize(
@@ -17,24 +18,24 @@ def test_a_gpu_gets_bf16_only_where_it_computes_in_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    machine = choose_machine(RunOptions())
-    assert (machine.device.type, machine.precision) == ("cuda", precision)
-    assert machine.grad_scaler().is_enabled() == scales
+    runtime = choose_runtime(RunOptions())
+    assert (runtime.device.type, runtime.precision) == ("cuda", precision)
+    assert runtime.grad_scaler().is_enabled() == scales
 
 
 def test_a_cpu_gets_fp32_and_obeys_otherwise() -> None:
-    assert choose_machine(RunOptions(device="cpu")).precision == "fp32"
-    machine = choose_machine(RunOptions(device="cpu", precision="bf16"))
-    with machine.autocast():
+    assert choose_runtime(RunOptions(device="cpu")).precision == "fp32"
+    runtime = choose_runtime(RunOptions(device="cpu", precision="bf16"))
+    with runtime.autocast():
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
-    with choose_machine(RunOptions(device="cpu")).autocast():
+    with choose_runtime(RunOptions(device="cpu")).autocast():
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("name", "said"), [("gpu", "--device gpu"), ("cuda:63", "CUDA devices")])
 def test_a_device_that_is_not_there_is_named(name: str, said: str) -> None:
-    with pytest.raises(SystemExit, match=said):
-        choose_machine(RunOptions(device=name))
+    with pytest.raises(UserError, match=said):
+        choose_runtime(RunOptions(device=name))
 
 
 def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,9 +44,9 @@ def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_machine(RunOptions()).device == torch.device("cuda:1")
-    with pytest.raises(SystemExit, match="--device cuda:0 is one GPU for several processes"):
-        choose_machine(RunOptions(device="cuda:0"))
+    assert choose_runtime(RunOptions()).device == torch.device("cuda:1")
+    with pytest.raises(UserError, match="--device cuda:0 is one GPU for several processes"):
+        choose_runtime(RunOptions(device="cuda:0"))
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(SystemExit, match="process 2 of this machine has no GPU, it shows 2: --nproc-per-node 2"):
-        choose_machine(RunOptions())
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU, it shows 2: --nproc-per-node 2"):
+        choose_runtime(RunOptions())
