@@ -73,7 +73,7 @@ class Case(NamedTuple):
     dtype: str
     K: int
     bounded: bool
-    config: block_sizes.Config
+    config: block_sizes.Tile
 
 
 class Outcome(NamedTuple):
@@ -103,14 +103,14 @@ class Outcome(NamedTuple):
 
 COLUMNS = (
     *(name for name in Case._fields if name != "config"),
-    *block_sizes.Config._fields,
+    *block_sizes.Tile._fields,
     *Outcome._fields,
     "shared_limit",
     "triton",
 )
 
 
-def cases_of(kernel: str, arch: int, kind: str, width: int, config: block_sizes.Config) -> Iterator[Case]:
+def cases_of(kernel: str, arch: int, kind: str, width: int, config: block_sizes.Tile) -> Iterator[Case]:
     """An entry's two extremes: the common case, and every option at once on ragged rows (masks cost registers)."""
     aligned, ragged = ("bf16", "fp16") if kind == "half" else ("fp32", "fp32")
     if arch < 80 and kind == "half":
@@ -123,7 +123,7 @@ def table_cases() -> Iterator[Case]:
     """Every entry of the shipped table."""
     for (kernel, arch, kind, width), sizes in TABLE.items():
         for size in dict.fromkeys(sizes):
-            yield from cases_of(kernel, arch, kind, width, block_sizes.Config(*size))
+            yield from cases_of(kernel, arch, kind, width, block_sizes.Tile(*size))
 
 
 def small_cases() -> Iterator[Case]:
@@ -133,7 +133,7 @@ def small_cases() -> Iterator[Case]:
             for kernel in ("prepare", "combine", "project"):
                 depth = min(128, width) if kernel == "prepare" else width
                 rows = {"prepare": 16, "combine": 128, "project": max(1, 2048 // width)}[kernel]
-                yield from cases_of(kernel, arch, kind, width, block_sizes.Config(rows, 128, depth, 4, 3))
+                yield from cases_of(kernel, arch, kind, width, block_sizes.Tile(rows, 128, depth, 4, 3))
 
 
 def constants(case: Case) -> dict[str, Any]:

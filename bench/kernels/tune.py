@@ -37,7 +37,7 @@ from bench.graph import Graph
 from bench.kernels import aot
 from bench.rows import append, spread
 from rcl_fast.kernels import block_sizes, passes
-from rcl_fast.kernels.block_sizes import Config
+from rcl_fast.kernels.block_sizes import Tile
 from rcl_fast.kernels.pack import KernelInputs, Packed
 
 TABLE_FILE = Path(__file__).resolve().parents[2] / "kernels" / "block_size_table.py"
@@ -91,8 +91,8 @@ class Choice(NamedTuple):
         return self.kernel, self.arch, self.kind, self.width
 
     @property
-    def shipped(self) -> Config:
-        return Config(*aot.TABLE[self.entry][SIZES[self.size]])
+    def shipped(self) -> Tile:
+        return Tile(*aot.TABLE[self.entry][SIZES[self.size]])
 
     def __str__(self) -> str:
         return f"{self.kernel}, sm_{self.arch}, {self.kind}, width {self.width}, {self.size}"
@@ -101,7 +101,7 @@ class Choice(NamedTuple):
 class Trial(NamedTuple):
     """A candidate as compiled: in the variant that is timed, or in the first that was refused."""
 
-    config: Config
+    config: Tile
     outcome: aot.Outcome
 
 
@@ -128,7 +128,7 @@ def choices(
     ]
 
 
-def candidates(choice: Choice) -> Iterator[Config]:
+def candidates(choice: Choice) -> Iterator[Tile]:
     """Block sizes worth a try, the largest tiles first: they read each key the fewest times."""
     kernel, arch, kind, width, size = choice
     whole_row = triton.next_power_of_2(width)
@@ -145,10 +145,10 @@ def candidates(choice: Choice) -> Iterator[Config]:
     for rows, keys, warps in tiles:
         for depth in depths:
             for stages in (3, 2, 1):
-                yield Config(rows, keys, depth, warps, stages)
+                yield Tile(rows, keys, depth, warps, stages)
 
 
-def limited(config: Config, outcome: aot.Outcome, arch: int) -> Iterator[Config]:
+def limited(config: Tile, outcome: aot.Outcome, arch: int) -> Iterator[Tile]:
     """The same with the limits of registers by which a multiprocessor holds more programs, the largest limit first."""
     at_most = outcome._replace(registers=32).programs(arch, config.warps)  # with so few, registers never decide
     for programs in range(outcome.programs(arch, config.warps) + 1, at_most + 1):
@@ -163,7 +163,7 @@ def in_turns(items: Iterable[Thing], tile: Callable[[Thing], Hashable]) -> list[
     return [item for turn in zip_longest(*of_tile.values()) for item in turn if item is not None]
 
 
-def tile_of(config: Config) -> tuple[int, int, int]:
+def tile_of(config: Tile) -> tuple[int, int, int]:
     return config.rows, config.keys, config.warps
 
 
@@ -178,7 +178,7 @@ def in_order(trials: Iterable[Trial], arch: int) -> list[Trial]:
     return in_turns(sorted(trials, key=promise, reverse=True), lambda trial: tile_of(trial.config))
 
 
-def compiled(choice: Choice, config: Config) -> Trial:
+def compiled(choice: Choice, config: Tile) -> Trial:
     """In each variant of the entry, until one is refused. The first is the one that is timed."""
     outcomes = []
     for case in aot.cases_of(*choice.entry, config):
@@ -188,7 +188,7 @@ def compiled(choice: Choice, config: Config) -> Trial:
     return Trial(config, outcomes[0])
 
 
-def compiled_with_limits(choice: Choice, config: Config) -> list[Trial]:
+def compiled_with_limits(choice: Choice, config: Tile) -> list[Trial]:
     """As it is, and with ever fewer registers until one is refused."""
     trials = [compiled(choice, config)]
     if trials[0].outcome.fits(choice.arch):
@@ -203,7 +203,7 @@ def spills(trial: Trial) -> bool:
     return trial.outcome.stack > 0 or trial.outcome.local > 0
 
 
-def registers_of(config: Config) -> Config:
+def registers_of(config: Tile) -> Tile:
     """What its registers depend on: all but the depth of the pipeline."""
     return config._replace(stages=0)
 
@@ -212,8 +212,8 @@ def explore(choice: Choice, most: int, pool: Executor, processes: int) -> list[T
     """The shipped tile, then so many others at most that the compiler accepts, in order; all are in Triton's cache."""
     shipped = choice.shipped
     waiting = iter(dict.fromkeys((shipped, *in_turns(candidates(choice), tile_of))))
-    accepted: dict[Config, Trial] = {}
-    spilling: set[Config] = set()
+    accepted: dict[Tile, Trial] = {}
+    spilling: set[Tile] = set()
     print(f"\n{choice}: compiling", flush=True)
     while len(accepted) <= most:
         batch = list(islice((one for one in waiting if registers_of(one) not in spilling), processes))
@@ -243,13 +243,13 @@ def described(trial: Trial, arch: int) -> str:
     return f"{written(config)!s:32} {counts}, {verdict}"
 
 
-def written(config: Config) -> tuple[int, ...]:
+def written(config: Tile) -> tuple[int, ...]:
     """As the table has it."""
     return tuple(number for number in config if number is not None)
 
 
 @contextmanager
-def every_launch_takes(kernel: str, config: Config) -> Iterator[None]:
+def every_launch_takes(kernel: str, config: Tile) -> Iterator[None]:
     """In place of the table's choice for this kernel."""
     choose = block_sizes.choose
     block_sizes.choose = lambda name, *rest: config if name == kernel else choose(name, *rest)
@@ -280,7 +280,7 @@ def pass_of(choice: Choice, device: torch.device) -> Callable[[], object]:
     return forward if choice.kernel == "forward" else backward
 
 
-def timer(run: Callable[[], object], kernel: str, config: Config) -> Callable[[], float]:
+def timer(run: Callable[[], object], kernel: str, config: Tile) -> Callable[[], float]:
     """Seconds a call on the device: a CUDA graph of several calls is replayed each time."""
     with every_launch_takes(kernel, config):
         run()  # loads the kernels; the next one tells how many calls fill a turn
@@ -356,14 +356,14 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def best(found: Sequence[dict[str, Any]]) -> Config | None:
+def best(found: Sequence[dict[str, Any]]) -> Tile | None:
     """The quickest candidate, if four fifths of its rounds were quicker than four fifths of the shipped one's."""
     shipped, *others = (one for one in found if "microseconds" in one)
     quickest = min(others, key=lambda one: one["microseconds"], default=shipped)
-    return Config(*quickest["config"]) if quickest["microseconds_p80"] < shipped["microseconds_p20"] else None
+    return Tile(*quickest["config"]) if quickest["microseconds_p80"] < shipped["microseconds_p20"] else None
 
 
-def first_accepted(choice: Choice) -> Config:
+def first_accepted(choice: Choice) -> Tile:
     """By the order of the candidates alone, the largest tile first."""
     spilling = set()
     for config in candidates(choice):
@@ -377,7 +377,7 @@ def first_accepted(choice: Choice) -> Config:
     raise SystemExit(f"{choice}: no candidate that the compiler accepts; add smaller ones")
 
 
-def write(chosen: dict[Choice, Config]) -> None:
+def write(chosen: dict[Choice, Tile]) -> None:
     """These tiles in place of those of kernels/block_size_table.py; its other lines stay."""
     text = TABLE_FILE.read_text(encoding="utf-8")
     entries = {choice.entry: list(aot.TABLE[choice.entry]) for choice in chosen}
