@@ -1,5 +1,6 @@
 """Installs rcl_fast, with kernels/ and train/ inside it: no other name lands in site-packages."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -18,14 +19,53 @@ def packages() -> dict[str, str]:
     return found
 
 
+README = Path("README.md").read_text(encoding="utf-8")
+
+
+def repository() -> str | None:
+    """The public address. It stands in one place, the README's `git clone`; None while a placeholder stands there."""
+    address = re.findall(r"^git clone (\S+)", README, flags=re.MULTILINE)[0]
+    return address.removesuffix(".git") if address.startswith("https://") else None
+
+
+def description_for_an_index() -> str:
+    """The README, its links to files made absolute, or plain text without an address: an index has no files."""
+    link = r"\[([^]]+)\]\((?!https?://)([^)]+)\)"
+    return re.sub(link, rf"[\1]({repository()}/blob/main/\2)" if repository() else r"\1", README)
+
+
+def addresses() -> dict[str, str]:
+    address = repository()
+    if address is None:
+        return {"Paper": "https://arxiv.org/abs/2312.01753"}
+    return {
+        "Source": address,
+        "Issues": f"{address}/issues",
+        "Changes": f"{address}/blob/main/CHANGELOG.md",
+        "Paper": "https://arxiv.org/abs/2312.01753",
+    }
+
+
 setup(
     name="rcl-fast",
-    version="0.1.0",
+    version="0.1.0",  # here alone: rcl_fast.__version__ reads what is installed
     description="Supervised contrastive losses for long-tailed classification, and the trainer that uses them",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=description_for_an_index(),
     long_description_content_type="text/markdown",
-    license="MIT",
+    author="The rcl_fast authors",
+    project_urls=addresses(),
+    keywords=["long-tailed", "class-imbalance", "contrastive-learning", "supervised-contrastive-loss", "pytorch"],
+    license_expression="MIT",
     license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=list(packages()),
     package_dir=packages(),
@@ -52,8 +92,7 @@ setup(
         ],
         "dali": ["nvidia-dali-cuda120>=2.0; sys_platform == 'linux'"],  # decodes and augments files on a GPU
         "sweep": [
-            "optuna>=4.0",  # train/sweep.py: samplers, and a journal that several workers share
-            "filelock>=3.12",  # which worker has a trial
+            "optuna>=4.0",  # train/sweep.py --sampler tpe
         ],
         "dev": [
             "pytest>=8.0",
