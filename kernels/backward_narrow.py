@@ -82,9 +82,9 @@ def gradient_parts(
     keys, vectors, labels = packed
     M, K = keys.shape
     arch, math_mode = block_sizes.product_of(keys)
-    config = block_sizes.choose("backward", arch, math_mode, K, rows, key_end)
-    row_blocks = triton.cdiv(rows, config.rows)
-    splits, tiles_per_split = block_sizes.split(arch, row_blocks, triton.cdiv(key_end, config.keys))
+    sizes = block_sizes.choose("backward", arch, math_mode, K, rows, key_end)
+    row_blocks = triton.cdiv(rows, sizes.rows)
+    splits, tiles_per_split = block_sizes.split(arch, row_blocks, triton.cdiv(key_end, sizes.keys))
     parts = torch.empty(splits, rows, K, dtype=torch.float32, device=keys.device)
     backward_kernel[(row_blocks, splits)](
         keys,
@@ -103,7 +103,7 @@ def gradient_parts(
         K=K,
         AVERAGE=average,
         BOUNDED=bounded,
-        **config.constants(math_mode),
-        **config.options,
+        **sizes.constants(math_mode),
+        **sizes.options,
     )
     return parts

@@ -89,8 +89,8 @@ def gradient_chunks(
     workspace = torch.empty(chunk, key_stride, dtype=keys.dtype, device=keys.device)
     for start in range(0, rows, chunk):
         end = min(start + chunk, rows)
-        config = block_sizes.choose("dlogits", arch, math_mode, K, end - start, key_end)
-        dlogits_kernel[(triton.cdiv(end - start, config.rows), triton.cdiv(key_end, config.keys))](
+        sizes = block_sizes.choose("dlogits", arch, math_mode, K, end - start, key_end)
+        dlogits_kernel[(triton.cdiv(end - start, sizes.rows), triton.cdiv(key_end, sizes.keys))](
             keys,
             vectors,
             labels,
@@ -107,8 +107,8 @@ def gradient_chunks(
             K=K,
             AVERAGE=average,
             BOUNDED=bounded,
-            **config.constants(math_mode),
-            **config.options,
+            **sizes.constants(math_mode),
+            **sizes.options,
         )
         yield start, _float32_product(workspace[: end - start, :key_end], keys[:key_end])
 

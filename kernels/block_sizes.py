@@ -17,7 +17,7 @@ from torch import Tensor
 from rcl_fast.kernels.block_size_table import TABLE
 
 
-class Tile(NamedTuple):
+class BlockSizes(NamedTuple):
     """Block sizes of one kernel, and options of the compiler."""
 
     rows: int  # rows of a tile: anchors, or prototypes in their gradient
@@ -90,14 +90,14 @@ def in_registers(arch: int, math_mode: str, width: int) -> bool:
     return width <= REGISTER_WIDTH[math_mode if arch >= 80 else "ieee"]
 
 
-def choose(kernel: str, arch: int, math_mode: str, width: int, rows: int, keys: int) -> Tile:
+def choose(kernel: str, arch: int, math_mode: str, width: int, rows: int, keys: int) -> BlockSizes:
     """Returns the first, largest tile of the entry that still gives every multiprocessor work, or else the smallest."""
     bucket = next((known for known in WIDTHS[kernel] if width <= known), WIDTHS[kernel][-1])
-    sizes = [Tile(*entry) for entry in TABLE[kernel, arch, math_mode, bucket]]
-    for config in sizes:
-        if -(-rows // config.rows) * -(-keys // config.keys) >= PROGRAMS[arch]:
-            return config
-    return sizes[-1]
+    candidates = [BlockSizes(*entry) for entry in TABLE[kernel, arch, math_mode, bucket]]
+    for candidate in candidates:
+        if -(-rows // candidate.rows) * -(-keys // candidate.keys) >= PROGRAMS[arch]:
+            return candidate
+    return candidates[-1]
 
 
 def split(arch: int, row_blocks: int, tiles: int) -> tuple[int, int]:

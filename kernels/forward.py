@@ -80,9 +80,9 @@ def partial_sums(packed: Packed, rows: int, class_average: bool, bounded: bool) 
     keys, vectors, labels = packed
     M, K = vectors.shape[1], keys.shape[1]
     arch, math_mode = block_sizes.product_of(keys)
-    config = block_sizes.choose("forward", arch, math_mode, K, rows, M)
-    row_blocks = triton.cdiv(rows, config.rows)
-    splits, tiles_per_split = block_sizes.split(arch, row_blocks, triton.cdiv(M, config.keys))
+    sizes = block_sizes.choose("forward", arch, math_mode, K, rows, M)
+    row_blocks = triton.cdiv(rows, sizes.rows)
+    splits, tiles_per_split = block_sizes.split(arch, row_blocks, triton.cdiv(M, sizes.keys))
     partials = torch.empty(splits, 3, rows, dtype=torch.float32, device=keys.device)
     forward_kernel[(row_blocks, splits)](
         keys,
@@ -95,7 +95,7 @@ def partial_sums(packed: Packed, rows: int, class_average: bool, bounded: bool) 
         K=K,
         AVERAGE=class_average,
         BOUNDED=bounded,
-        **config.constants(math_mode),
-        **config.options,
+        **sizes.constants(math_mode),
+        **sizes.options,
     )
     return partials

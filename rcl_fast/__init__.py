@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rcl_fast import heads, metrics, weights
-    from rcl_fast.backends.select import explain_backend
+    from rcl_fast.backends.explain import explain_backend
     from rcl_fast.cross_entropy import LDAM, BalancedSoftmax, CBFocal, CrossEntropy, LogitAdjusted
     from rcl_fast.functional import contrastive_loss
     from rcl_fast.losses import ContrastiveLoss
@@ -26,7 +26,7 @@ __all__ = [
     "weights",
 ]
 # Where a name is, if not in losses.py.
-_HOMES = {"contrastive_loss": "functional", "explain_backend": "backends.select"}
+_HOMES = {"contrastive_loss": "functional", "explain_backend": "backends.explain"}
 _SUBMODULES = ("heads", "metrics", "weights")
 
 

@@ -70,8 +70,8 @@ class _Call(NamedTuple):
         self, leaves: tuple[Tensor | None, ...], saved: tuple[Any, ...], lse: Tensor, grad_losses: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Returns W times the gradients of local features and prototypes; lse and grad_losses are of all anchors."""
-        this = self.sizes[distributed.get_rank(self.group)]
-        gradients = self.backend.backward_rows(self.everyone, this, saved, lse, grad_losses)
+        local = self.sizes[distributed.get_rank(self.group)]
+        gradients = self.backend.backward_rows(self.everyone, local, saved, lse, grad_losses)
         return tuple(
             None if leaf is None or gradient is None else (gradient * len(self.sizes)).to(leaf.dtype)
             for leaf, gradient in zip(leaves, gradients, strict=True)
@@ -123,8 +123,8 @@ class _Total(torch.autograd.Function):
 
 def _in_order(rows: Tensor, call: _Call) -> Tensor:
     """Returns rows of all anchors in the order of the processes, so that their sum has the same bits in each."""
-    this = distributed.get_rank(call.group)
-    local, before = call.sizes[this], sum(call.sizes[:this])
+    rank = distributed.get_rank(call.group)
+    local, before = call.sizes[rank], sum(call.sizes[:rank])
     return torch.cat([rows[local : local + before], rows[:local], rows[local + before :]])
 
 
@@ -165,14 +165,14 @@ def _digest(facts: dict[str, str]) -> int:
 
 def _all_gather_difference(facts: dict[str, str], group: ProcessGroup) -> str:
     """Returns what differs first between the processes, as a sentence."""
-    everyones: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(everyones, facts, group=group)
-    for process, others in enumerate(everyones):
+    gathered: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(gathered, facts, group=group)
+    for process, others in enumerate(gathered):
         for name, value in others.items():
-            if value != everyones[0][name]:
+            if value != gathered[0][name]:
                 return (
                     f"the processes of group must call the loss alike, and they differ in {name}: process 0 has "
-                    f"{everyones[0][name]}, process {process} has {value}"
+                    f"{gathered[0][name]}, process {process} has {value}"
                 )
     raise AssertionError("unreachable: their digests differ")
 
@@ -182,19 +182,19 @@ def _all_gather(parts: list[Tensor], sizes: list[int], group: ProcessGroup) -> l
 
     Local sizes may be uneven: all are padded to the largest.
     """
-    largest, processes, this = max(sizes), len(sizes), distributed.get_rank(group)
+    largest, processes, rank = max(sizes), len(sizes), distributed.get_rank(group)
     if largest == 0:
         return parts
     widths = [part.element_size() * math.prod(part.shape[1:]) for part in parts]  # bytes of a row
     blocks = [_aligned(largest * width) for width in widths]
-    mine = torch.empty(sum(blocks), dtype=torch.uint8, device=parts[0].device)
-    for part, width, block in zip(parts, widths, mine.split(blocks), strict=True):
+    buffer = torch.empty(sum(blocks), dtype=torch.uint8, device=parts[0].device)
+    for part, width, block in zip(parts, widths, buffer.split(blocks), strict=True):
         block[: len(part) * width].view(part.dtype).copy_(part.reshape(-1))
-    everyones = mine.new_empty(processes, len(mine))
-    distributed.all_gather_into_tensor(everyones.view(-1), mine, group=group)
-    local_first = [this, *(process for process in range(processes) if process != this)]
+    buffers = buffer.new_empty(processes, len(buffer))
+    distributed.all_gather_into_tensor(buffers.view(-1), buffer, group=group)
+    local_first = [rank, *(process for process in range(processes) if process != rank)]
     gathered = []
-    for part, width, block in zip(parts, widths, everyones.split(blocks, dim=1), strict=True):
+    for part, width, block in zip(parts, widths, buffers.split(blocks, dim=1), strict=True):
         rows = (block[process, : sizes[process] * width].view(part.dtype) for process in local_first)
         gathered.append(torch.cat(list(rows)).view(-1, *part.shape[1:]))
     return gathered

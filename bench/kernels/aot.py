@@ -73,7 +73,7 @@ class Case(NamedTuple):
     dtype: str
     K: int
     bounded: bool
-    config: block_sizes.Tile
+    config: block_sizes.BlockSizes
 
 
 class Outcome(NamedTuple):
@@ -92,7 +92,7 @@ class Outcome(NamedTuple):
         return not self.error and self.stack == 0 and self.local == 0 and self.shared <= SHARED_LIMIT[arch]
 
     def programs(self, arch: int, warps: int) -> int:
-        """How many a multiprocessor holds at once, by its registers, its shared memory and its warps."""
+        """Returns how many programs a multiprocessor holds at once, by its registers, shared memory and warps."""
         system = 1024 if arch >= 80 else 0  # shared memory that each block takes for itself, beside its own limit
         return min(
             REGISTERS // (32 * warps * max(8, -(-self.registers // 8) * 8)),
@@ -103,41 +103,41 @@ class Outcome(NamedTuple):
 
 COLUMNS = (
     *(name for name in Case._fields if name != "config"),
-    *block_sizes.Tile._fields,
+    *block_sizes.BlockSizes._fields,
     *Outcome._fields,
     "shared_limit",
     "triton",
 )
 
 
-def cases_of(kernel: str, arch: int, kind: str, width: int, config: block_sizes.Tile) -> Iterator[Case]:
-    """An entry's two extremes: the common case, and every option at once on ragged rows (masks cost registers)."""
-    aligned, ragged = ("bf16", "fp16") if kind == "half" else ("fp32", "fp32")
-    if arch < 80 and kind == "half":
+def cases_of(kernel: str, arch: int, math_mode: str, width: int, config: block_sizes.BlockSizes) -> Iterator[Case]:
+    """Gives an entry's two extremes: the common case, and all options at once on ragged rows (masks cost registers)."""
+    aligned, ragged = ("bf16", "fp16") if math_mode == "half" else ("fp32", "fp32")
+    if arch < 80 and math_mode == "half":
         aligned = "fp16"  # no bfloat16 before sm_80
-    yield Case(kernel, arch, kind, width, aligned, width, True, config)
-    yield Case(kernel, arch, kind, width, ragged, width - 16, False, config)
+    yield Case(kernel, arch, math_mode, width, aligned, width, True, config)
+    yield Case(kernel, arch, math_mode, width, ragged, width - 16, False, config)
 
 
 def table_cases() -> Iterator[Case]:
-    """Every entry of the shipped table."""
-    for (kernel, arch, kind, width), sizes in TABLE.items():
+    """Gives the cases of every entry of the shipped table."""
+    for (kernel, arch, math_mode, width), sizes in TABLE.items():
         for size in dict.fromkeys(sizes):
-            yield from cases_of(kernel, arch, kind, width, block_sizes.Tile(*size))
+            yield from cases_of(kernel, arch, math_mode, width, block_sizes.BlockSizes(*size))
 
 
 def small_cases() -> Iterator[Case]:
-    """The kernels whose block sizes the table does not hold."""
+    """Gives the cases of the kernels whose block sizes the table does not hold."""
     for arch in block_sizes.ARCHITECTURES:
-        for kind, width in (("half", 128), ("ieee", 2048)):
+        for math_mode, width in (("half", 128), ("ieee", 2048)):
             for kernel in ("prepare", "combine", "project"):
                 depth = min(128, width) if kernel == "prepare" else width
                 rows = {"prepare": 16, "combine": 128, "project": max(1, 2048 // width)}[kernel]
-                yield from cases_of(kernel, arch, kind, width, block_sizes.Tile(rows, 128, depth, 4, 3))
+                yield from cases_of(kernel, arch, math_mode, width, block_sizes.BlockSizes(rows, 128, depth, 4, 3))
 
 
 def constants(case: Case) -> dict[str, Any]:
-    """The kernel's compile-time arguments, with every option that adds work switched on."""
+    """Returns the kernel's compile-time arguments, with every option that adds work switched on."""
     everything = {
         "D": case.K if case.bounded else case.K - 1,
         "K": case.K,
@@ -157,7 +157,7 @@ def constants(case: Case) -> dict[str, Any]:
 
 
 def source(case: Case) -> ASTSource:
-    """The kernel as `kernels/` calls it: aligned pointers, integers that are not specialised.
+    """Returns the kernel as `kernels/` calls it: aligned pointers, and integers that are not specialised.
 
     A launch of the same variant finds it in Triton's cache, whose key has all of this in it.
     """
@@ -209,21 +209,21 @@ def compile_case(case: Case) -> Outcome:
 
 
 def compile_all(cases: Iterable[Case], processes: int) -> Iterator[tuple[Case, Outcome]]:
-    """Each case with its outcome, in order. Spawned: the compiler's threads do not survive a fork."""
+    """Gives each case with its outcome, in order. Spawns processes: the compiler's threads do not survive a fork."""
     cases = list(cases)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from zip(cases, pool.map(compile_case, cases, chunksize=4), strict=True)
 
 
 def row(case: Case, outcome: Outcome) -> dict[str, Any]:
-    """A line of the results."""
+    """Returns a case's row of the results."""
     fields = {**case._asdict(), **case.config._asdict(), **outcome._asdict()}
     fields |= {"shared_limit": SHARED_LIMIT[case.arch], "triton": triton.__version__}
     return {name: fields[name] for name in COLUMNS}
 
 
 def refuse_the_interpreter() -> None:
-    """Under it the kernels are Python functions, which nothing compiles."""
+    """Raises SystemExit under Triton's interpreter, where kernels are Python functions that nothing compiles."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("kernels are compiled here: run this without TRITON_INTERPRET")
 

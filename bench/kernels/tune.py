@@ -37,7 +37,7 @@ from bench.graph import Graph
 from bench.kernels import aot
 from bench.rows import append, spread
 from rcl_fast.kernels import block_sizes, passes
-from rcl_fast.kernels.block_sizes import Tile
+from rcl_fast.kernels.block_sizes import BlockSizes
 from rcl_fast.kernels.pack import KernelInputs, Packed
 
 TABLE_FILE = Path(__file__).resolve().parents[2] / "kernels" / "block_size_table.py"
@@ -91,8 +91,8 @@ class Choice(NamedTuple):
         return self.kernel, self.arch, self.kind, self.width
 
     @property
-    def shipped(self) -> Tile:
-        return Tile(*aot.TABLE[self.entry][SIZES[self.size]])
+    def shipped(self) -> BlockSizes:
+        return BlockSizes(*aot.TABLE[self.entry][SIZES[self.size]])
 
     def __str__(self) -> str:
         return f"{self.kernel}, sm_{self.arch}, {self.kind}, width {self.width}, {self.size}"
@@ -101,7 +101,7 @@ class Choice(NamedTuple):
 class Trial(NamedTuple):
     """A candidate as compiled: in the variant that is timed, or in the first that was refused."""
 
-    config: Tile
+    config: BlockSizes
     outcome: aot.Outcome
 
 
@@ -112,27 +112,27 @@ def choices(
     widths: Sequence[int] = (),
     sizes: Sequence[str] = (),
 ) -> list[Choice]:
-    """The table's tiles of these architectures, kernels and so on; of all of them where none is named."""
+    """Returns the table's tiles of these architectures, kernels and so on; an empty sequence stands for all."""
     return [
-        Choice(kernel, arch, kind, width, size)
+        Choice(kernel, arch, math_mode, width, size)
         for arch in archs
         for kernel in block_sizes.WIDTHS
-        for kind in block_sizes.math_modes(arch)
+        for math_mode in block_sizes.math_modes(arch)
         for width in block_sizes.WIDTHS[kernel]
         for size in SIZES
-        if (kernel, arch, kind, width) in aot.TABLE
+        if (kernel, arch, math_mode, width) in aot.TABLE
         if all(
             not wanted or found in wanted
-            for found, wanted in ((kernel, kernels), (kind, kinds), (width, widths), (size, sizes))
+            for found, wanted in ((kernel, kernels), (math_mode, kinds), (width, widths), (size, sizes))
         )
     ]
 
 
-def candidates(choice: Choice) -> Iterator[Tile]:
-    """Block sizes worth a try, the largest tiles first: they read each key the fewest times."""
-    kernel, arch, kind, width, size = choice
+def candidates(choice: Choice) -> Iterator[BlockSizes]:
+    """Gives block sizes worth a try, the largest tiles first: they read each key the fewest times."""
+    kernel, arch, math_mode, width, size = choice
     whole_row = triton.next_power_of_2(width)
-    exact = kind == "ieee" or arch < 80
+    exact = math_mode == "ieee" or arch < 80
     if kernel == "backward":
         depths: tuple[int, ...] = (whole_row,)
     elif exact:
@@ -145,30 +145,30 @@ def candidates(choice: Choice) -> Iterator[Tile]:
     for rows, keys, warps in tiles:
         for depth in depths:
             for stages in (3, 2, 1):
-                yield Tile(rows, keys, depth, warps, stages)
+                yield BlockSizes(rows, keys, depth, warps, stages)
 
 
-def limited(config: Tile, outcome: aot.Outcome, arch: int) -> Iterator[Tile]:
-    """The same with the limits of registers by which a multiprocessor holds more programs, the largest limit first."""
+def limited(config: BlockSizes, outcome: aot.Outcome, arch: int) -> Iterator[BlockSizes]:
+    """Gives `config` with each limit of registers by which a multiprocessor holds more programs, the largest first."""
     at_most = outcome._replace(registers=32).programs(arch, config.warps)  # with so few, registers never decide
     for programs in range(outcome.programs(arch, config.warps) + 1, at_most + 1):
         yield config._replace(maxnreg=aot.REGISTERS // (32 * config.warps * programs) // 8 * 8)
 
 
 def in_turns(items: Iterable[Thing], tile: Callable[[Thing], Hashable]) -> list[Thing]:
-    """The first of each tile, then the second of each, and so on."""
+    """Returns the first item of each tile, then the second of each, and so on."""
     of_tile: dict[Hashable, list[Thing]] = {}
     for item in items:
         of_tile.setdefault(tile(item), []).append(item)
     return [item for turn in zip_longest(*of_tile.values()) for item in turn if item is not None]
 
 
-def tile_of(config: Tile) -> tuple[int, int, int]:
+def tile_of(config: BlockSizes) -> tuple[int, int, int]:
     return config.rows, config.keys, config.warps
 
 
 def in_order(trials: Iterable[Trial], arch: int) -> list[Trial]:
-    """The most promising first, by the compiler's own counts, but every tile before the next of any."""
+    """Returns the trials by the compiler's counts: the best of each tile, then the second best of each, and so on."""
 
     def promise(trial: Trial) -> tuple[int, int, int]:
         config = trial.config
@@ -178,8 +178,8 @@ def in_order(trials: Iterable[Trial], arch: int) -> list[Trial]:
     return in_turns(sorted(trials, key=promise, reverse=True), lambda trial: tile_of(trial.config))
 
 
-def compiled(choice: Choice, config: Tile) -> Trial:
-    """In each variant of the entry, until one is refused. The first is the one that is timed."""
+def compiled(choice: Choice, config: BlockSizes) -> Trial:
+    """Compiles the variants of the entry; returns the first that is refused, or else the first, which is timed."""
     outcomes = []
     for case in aot.cases_of(*choice.entry, config):
         outcomes.append(aot.compile_case(case))
@@ -188,8 +188,8 @@ def compiled(choice: Choice, config: Tile) -> Trial:
     return Trial(config, outcomes[0])
 
 
-def compiled_with_limits(choice: Choice, config: Tile) -> list[Trial]:
-    """As it is, and with ever fewer registers until one is refused."""
+def compiled_with_limits(choice: Choice, config: BlockSizes) -> list[Trial]:
+    """Compiles a candidate as it is, and with ever fewer registers until one is refused; returns all these trials."""
     trials = [compiled(choice, config)]
     if trials[0].outcome.fits(choice.arch):
         for tighter in limited(config, trials[0].outcome, choice.arch):
@@ -203,17 +203,20 @@ def spills(trial: Trial) -> bool:
     return trial.outcome.stack > 0 or trial.outcome.local > 0
 
 
-def registers_of(config: Tile) -> Tile:
-    """What its registers depend on: all but the depth of the pipeline."""
+def registers_of(config: BlockSizes) -> BlockSizes:
+    """Returns what a candidate's registers depend on: all but the depth of the pipeline."""
     return config._replace(stages=0)
 
 
 def explore(choice: Choice, most: int, pool: Executor, processes: int) -> list[Trial]:
-    """The shipped tile, then so many others at most that the compiler accepts, in order; all are in Triton's cache."""
+    """Returns the shipped tile, then at most `most` others that the compiler accepts, in order.
+
+    All are in Triton's cache. Raises SystemExit where the compiler refuses the shipped tile.
+    """
     shipped = choice.shipped
     waiting = iter(dict.fromkeys((shipped, *in_turns(candidates(choice), tile_of))))
-    accepted: dict[Tile, Trial] = {}
-    spilling: set[Tile] = set()
+    accepted: dict[BlockSizes, Trial] = {}
+    spilling: set[BlockSizes] = set()
     print(f"\n{choice}: compiling", flush=True)
     while len(accepted) <= most:
         batch = list(islice((one for one in waiting if registers_of(one) not in spilling), processes))
@@ -243,14 +246,14 @@ def described(trial: Trial, arch: int) -> str:
     return f"{written(config)!s:32} {counts}, {verdict}"
 
 
-def written(config: Tile) -> tuple[int, ...]:
-    """As the table has it."""
+def written(config: BlockSizes) -> tuple[int, ...]:
+    """Returns a tile as the table has it."""
     return tuple(number for number in config if number is not None)
 
 
 @contextmanager
-def every_launch_takes(kernel: str, config: Tile) -> Iterator[None]:
-    """In place of the table's choice for this kernel."""
+def every_launch_takes(kernel: str, config: BlockSizes) -> Iterator[None]:
+    """Makes each launch of this kernel take `config` instead of the table's choice, within a `with` block."""
     choose = block_sizes.choose
     block_sizes.choose = lambda name, *rest: config if name == kernel else choose(name, *rest)
     try:
@@ -260,7 +263,7 @@ def every_launch_takes(kernel: str, config: Tile) -> Iterator[None]:
 
 
 def pass_of(choice: Choice, device: torch.device) -> Callable[[], object]:
-    """The pass that launches the kernel, on made-up inputs, as the variant that `compiled` compiles first."""
+    """Returns the pass that launches the kernel, on made-up inputs, in the variant that `compiled` compiles first."""
     N, C = PROBLEMS[choice.size]
     dtype = DTYPES[next(aot.cases_of(*choice.entry, choice.shipped)).dtype]
     features = torch.randn(N, choice.width, device=device, dtype=dtype)
@@ -280,8 +283,8 @@ def pass_of(choice: Choice, device: torch.device) -> Callable[[], object]:
     return forward if choice.kernel == "forward" else backward
 
 
-def timer(run: Callable[[], object], kernel: str, config: Tile) -> Callable[[], float]:
-    """Seconds a call on the device: a CUDA graph of several calls is replayed each time."""
+def timer(run: Callable[[], object], kernel: str, config: BlockSizes) -> Callable[[], float]:
+    """Returns a function that replays a CUDA graph of several calls; that returns the seconds a call on the device."""
     with every_launch_takes(kernel, config):
         run()  # loads the kernels; the next one tells how many calls fill a turn
         torch.cuda.synchronize()
@@ -295,9 +298,10 @@ def timer(run: Callable[[], object], kernel: str, config: Tile) -> Callable[[], 
 def in_rounds(
     timers: Iterable[Callable[[], Callable[[], float]]], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> list[list[float]]:
-    """What each took, round after round, as long as the seconds last; shorter than `timers` where they did not suffice.
+    """Runs all timers in each round, as long as the seconds last; returns the figures of each.
 
-    To make ready takes longer than a round: a quarter of the time for it leaves three rounds.
+    Timers for which the seconds do not suffice are left out. To make one ready takes longer than a round: a quarter of
+    the seconds for that leaves three rounds.
     """
     began = clock()
     ready: list[Callable[[], float]] = []
@@ -319,7 +323,7 @@ def in_rounds(
 
 
 def timed(choice: Choice, trials: Sequence[Trial], seconds: float) -> list[list[float]]:
-    """Seconds a call of each, in rounds; fewer than there are trials where the budget ended before."""
+    """Returns the seconds a call of each trial, in rounds; of fewer trials where the seconds do not suffice."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if choice.kind == "ieee" else "high")
     try:
@@ -331,7 +335,7 @@ def timed(choice: Choice, trials: Sequence[Trial], seconds: float) -> list[list[
 
 
 def row(choice: Choice, trial: Trial, taken: Sequence[float]) -> dict[str, Any]:
-    """A line of the results; without a time where it was not timed."""
+    """Returns a trial's row of the results, without a time where it was not timed."""
     found = {
         **choice._asdict(),
         "config": written(trial.config),
@@ -345,7 +349,7 @@ def row(choice: Choice, trial: Trial, taken: Sequence[float]) -> dict[str, Any]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """The rows in columns, the shipped tile first."""
+    """Returns the rows as a table of text, the shipped tile first."""
     lines = [f"{'candidate':32} registers  shared  programs        µs   p20 – p80            × shipped"]
     for one in found:
         line = f"{one['config']!s:32} {one['registers']:9} {one['shared']:7} {one['programs']:9}"
@@ -356,15 +360,15 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def best(found: Sequence[dict[str, Any]]) -> Tile | None:
-    """The quickest candidate, if four fifths of its rounds were quicker than four fifths of the shipped one's."""
+def best(found: Sequence[dict[str, Any]]) -> BlockSizes | None:
+    """Returns the quickest candidate, if four fifths of its rounds beat four fifths of the shipped one's; else None."""
     shipped, *others = (one for one in found if "microseconds" in one)
     quickest = min(others, key=lambda one: one["microseconds"], default=shipped)
-    return Tile(*quickest["config"]) if quickest["microseconds_p80"] < shipped["microseconds_p20"] else None
+    return BlockSizes(*quickest["config"]) if quickest["microseconds_p80"] < shipped["microseconds_p20"] else None
 
 
-def first_accepted(choice: Choice) -> Tile:
-    """By the order of the candidates alone, the largest tile first."""
+def first_accepted(choice: Choice) -> BlockSizes:
+    """Returns the first candidate that the compiler accepts, the largest first; raises SystemExit if there is none."""
     spilling = set()
     for config in candidates(choice):
         if registers_of(config) not in spilling:
@@ -377,8 +381,8 @@ def first_accepted(choice: Choice) -> Tile:
     raise SystemExit(f"{choice}: no candidate that the compiler accepts; add smaller ones")
 
 
-def write(chosen: dict[Choice, Tile]) -> None:
-    """These tiles in place of those of kernels/block_size_table.py; its other lines stay."""
+def write(chosen: dict[Choice, BlockSizes]) -> None:
+    """Writes these tiles into kernels/block_size_table.py; its other lines stay."""
     text = TABLE_FILE.read_text(encoding="utf-8")
     entries = {choice.entry: list(aot.TABLE[choice.entry]) for choice in chosen}
     for choice, config in chosen.items():

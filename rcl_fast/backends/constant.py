@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from rcl_fast.backends import select
+from rcl_fast.backends import explain
 
 
 @torch.compiler.assume_constant_result
 def automatic(device: torch.device, dtype: torch.dtype) -> str:
     """Returns the backend's name, which the compiled code keeps."""
-    return select.remembered(device, dtype)
+    return explain.automatic(device, dtype)

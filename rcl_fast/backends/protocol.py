@@ -21,8 +21,8 @@ class Backend(Protocol):
     def forward_rows(self, batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         """Returns ℓ_i and lse_i of the first `rows` anchors [rows], and the tensors that `backward_rows` reads.
 
-        All anchors are keys. lse_i is +inf for an anchor without a positive; it is `backward_rows` alone that reads
-        the others, so that its base is the backend's business.
+        All anchors are keys. lse_i is +inf for an anchor without a positive. Only `backward_rows` reads the other
+        lse_i; each backend chooses their base.
         """
 
     def backward_rows(

@@ -36,7 +36,7 @@ def outcome() -> Callable[..., Any]:
 def test_flags_choose_the_tiles() -> None:
     one = tune.choices([90], ["forward"], ["half"], [128], ["large"])
     assert one == [("forward", 90, "half", 128, "large")]
-    assert one[0].shipped == tune.Tile(*tune.aot.TABLE["forward", 90, "half", 128][0])
+    assert one[0].shipped == tune.BlockSizes(*tune.aot.TABLE["forward", 90, "half", 128][0])
     assert len(tune.choices(tune.block_sizes.ARCHITECTURES)) == 2 * len(tune.aot.TABLE)
     assert {found.kernel for found in tune.choices([90], ["forward", "dlogits"])} == {"forward", "dlogits"}
     assert {found.size for found in tune.choices([80, 90], sizes=["small"])} == {"small"}
@@ -79,7 +79,7 @@ def test_programs_of_a_multiprocessor(
 def test_limits_of_registers_are_those_that_make_room(
     outcome: Callable[..., Any], registers: int, shared: int, warps: int, limits: list[int]
 ) -> None:
-    config = tune.Tile(128, 128, 64, warps, 2)
+    config = tune.BlockSizes(128, 128, 64, warps, 2)
     unlimited = outcome(registers, shared)
     found = list(tune.limited(config, unlimited, 90))
     assert found == [config._replace(maxnreg=limit) for limit in limits]
@@ -100,7 +100,7 @@ def test_candidates_differ_and_leave_the_limits_to_the_compilers_counts() -> Non
 
 
 def test_the_best_of_each_tile_comes_first(outcome: Callable[..., Any]) -> None:
-    wide, narrow = tune.Tile(128, 128, 64, 8, 3), tune.Tile(64, 64, 64, 4, 3)
+    wide, narrow = tune.BlockSizes(128, 128, 64, 8, 3), tune.BlockSizes(64, 64, 64, 4, 3)
     trials = [
         tune.Trial(wide, outcome(255, 98_304)),  # 1 program
         tune.Trial(wide._replace(stages=2), outcome(255, 66_000)),  # 1
@@ -192,7 +192,7 @@ def _row(choice: Any, outcome: Callable[..., Any], config: Any, microseconds: li
 
 
 def test_the_best_must_beat_the_shipped_one_beyond_the_spread(choice: Any, outcome: Callable[..., Any]) -> None:
-    other = tune.Tile(64, 64, 128, 4, 3, 168)
+    other = tune.BlockSizes(64, 64, 128, 4, 3, 168)
     shipped = _row(choice, outcome, choice.shipped, [100, 101, 102, 103, 104])
     assert (shipped["shipped"], shipped["rounds"]) == (True, 5)
     assert shipped["microseconds"] == pytest.approx(102)
@@ -219,7 +219,7 @@ def test_writing_changes_that_tile_and_nothing_else(
     tune.write({choice: choice.shipped})
     assert copy.read_text(encoding="utf-8") == before
 
-    config = tune.Tile(64, 64, 128, 4, 3, 168)
+    config = tune.BlockSizes(64, 64, 128, 4, 3, 168)
     tune.write({choice: config, choice._replace(kernel="backward", size="small"): config._replace(maxnreg=None)})
     expected = dict(tune.aot.TABLE)
     for key, place in ((choice.entry, 0), (("backward", *choice.entry[1:]), 1)):

@@ -51,9 +51,9 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Tiles so small that 40 rows are several of them; call it for other sizes, or another regime."""
 
     def set_tiles(rows: int = 16, keys: int = 32, depth: int = 16, programs: int = 8, register_width: int = 64) -> None:
-        def choose(kernel: str, arch: int, math_mode: str, width: int, *_: int) -> block_sizes.Tile:
+        def choose(kernel: str, arch: int, math_mode: str, width: int, *_: int) -> block_sizes.BlockSizes:
             whole_row = 1 << (width - 1).bit_length()
-            return block_sizes.Tile(rows, keys, whole_row if kernel == "backward" else depth, warps=4, stages=1)
+            return block_sizes.BlockSizes(rows, keys, whole_row if kernel == "backward" else depth, warps=4, stages=1)
 
         monkeypatch.setattr(block_sizes, "choose", choose)
         monkeypatch.setattr(block_sizes, "PROGRAMS", dict.fromkeys(block_sizes.PROGRAMS, programs))

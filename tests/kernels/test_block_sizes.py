@@ -46,7 +46,7 @@ def test_every_kernel_architecture_math_mode_and_width_has_an_entry() -> None:
                     if kernel != "backward" or block_sizes.in_registers(arch, math_mode, width):
                         for rows, keys in ((1, 1), (512, 612), (131072, 132072)):
                             assert isinstance(
-                                block_sizes.choose(kernel, arch, math_mode, width, rows, keys), block_sizes.Tile
+                                block_sizes.choose(kernel, arch, math_mode, width, rows, keys), block_sizes.BlockSizes
                             )
 
 
@@ -54,18 +54,18 @@ def test_backward_keeps_whole_rows() -> None:
     """Its gradient is one tile wide: a depth below the width would drop features without a word."""
     for (kernel, _, _, width), sizes in TABLE.items():
         if kernel == "backward":
-            assert all(block_sizes.Tile(*size).depth >= width for size in sizes)
+            assert all(block_sizes.BlockSizes(*size).depth >= width for size in sizes)
 
 
 def test_small_problems_get_small_tiles() -> None:
-    sizes = [block_sizes.Tile(*size) for size in TABLE["forward", 90, "half", 128]]
+    sizes = [block_sizes.BlockSizes(*size) for size in TABLE["forward", 90, "half", 128]]
     assert block_sizes.choose("forward", 90, "half", 128, 131072, 132072) == sizes[0]
     assert block_sizes.choose("forward", 90, "half", 128, 512, 612) == sizes[-1]
 
 
 def test_a_limit_of_registers_is_an_option_only_where_it_is_set() -> None:
-    assert block_sizes.Tile(64, 32, 16, 4, 3).options == {"num_warps": 4, "num_stages": 3}
-    assert block_sizes.Tile(64, 32, 16, 4, 3, 128).options == {"num_warps": 4, "num_stages": 3, "maxnreg": 128}
+    assert block_sizes.BlockSizes(64, 32, 16, 4, 3).options == {"num_warps": 4, "num_stages": 3}
+    assert block_sizes.BlockSizes(64, 32, 16, 4, 3, 128).options == {"num_warps": 4, "num_stages": 3, "maxnreg": 128}
 
 
 @pytest.mark.parametrize("D", [40, 72], ids=["in registers", "through the workspace"])
@@ -73,9 +73,9 @@ def test_a_limit_of_registers_changes_no_result(D: int, device: torch.device, mo
     taken = set()
 
     def tiles(limit: int | None) -> None:
-        def choose(kernel: str, arch: int, math_mode: str, width: int, *_: int) -> block_sizes.Tile:
+        def choose(kernel: str, arch: int, math_mode: str, width: int, *_: int) -> block_sizes.BlockSizes:
             taken.add((kernel, limit))
-            return block_sizes.Tile(16, 32, 64 if kernel == "backward" else 16, 4, 1, limit)
+            return block_sizes.BlockSizes(16, 32, 64 if kernel == "backward" else 16, 4, 1, limit)
 
         monkeypatch.setattr(block_sizes, "choose", choose)
 
@@ -108,7 +108,7 @@ def test_matmul_precision_decides_the_math_mode() -> None:
 def test_compiled_table_covers_the_shipped_one(compiled: list[dict[str, str]]) -> None:
     found = {tuple(row[name] for name in COLUMNS) for row in compiled}
     shipped = {
-        tuple("" if number is None else str(number) for number in (*entry, *block_sizes.Tile(*size)))
+        tuple("" if number is None else str(number) for number in (*entry, *block_sizes.BlockSizes(*size)))
         for entry, sizes in TABLE.items()
         for size in sizes
     }

@@ -8,7 +8,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 import rcl_fast
-from rcl_fast.backends import select, triton
+from rcl_fast.backends import explain, select, triton
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton_version: str = "3.3.1") -> None:
@@ -16,7 +16,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(select, "_triton_version", lambda: TorchVersion(triton_version))
+    monkeypatch.setattr(explain, "_triton_version", lambda: TorchVersion(triton_version))
 
 
 GENERATIONS = {
@@ -69,7 +69,7 @@ def test_rocm_calls_its_devices_cuda_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_without_triton_there_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (9, 0))
-    monkeypatch.setattr(select, "find_spec", lambda name: None)
+    monkeypatch.setattr(explain, "find_spec", lambda name: None)
     assert str(rcl_fast.explain_backend("cuda")) == "tiled: Triton is not installed"
 
 
