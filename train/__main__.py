@@ -20,12 +20,15 @@ COMMAND is one of {", ".join(COMMANDS)}; each explains itself with --help."""
 
 
 def main() -> None:
-    """Runs the command that the first argument names, with the other arguments."""
-    name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if name not in COMMANDS:
+    """Runs the command that the first argument names, with the others."""
+    given = (sys.argv[1:2] or [""])[0]
+    if given in ("-h", "--help"):
         print(_USAGE)
-        sys.exit(0 if name in ("-h", "--help") else 2)
-    sys.exit(COMMANDS[name](arguments))
+        sys.exit()
+    command = COMMANDS.get(given.replace("_", "-"))
+    if command is None:
+        sys.exit(f"there is no command {given!r}\n\n{_USAGE}" if given else _USAGE)
+    sys.exit(command(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -47,8 +47,6 @@ class _ConsoleHandler(logging.Handler):
     """Prints through rich's console, whose progress bars stay below what is printed."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        import rich  # only where something is said
+        from rcl_fast.train.runtime.console import print_text  # loads rich, only where something is said
 
-        # Messages may name files: no markup is read in them, and names that are no UTF-8 don't stop them.
-        text = self.format(record).encode(errors="replace").decode()
-        rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
+        print_text(self.format(record))

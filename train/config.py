@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -49,6 +51,16 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     return config
 
 
+def config_of(arguments: Sequence[str]) -> Config:
+    """Returns the configuration of train/run.py's arguments, for code that must not exit. Raises UserError."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return parse(arguments)
+    except SystemExit as error:
+        raise UserError(said.getvalue().strip()) from error
+
+
 _DESCRIPTION = """Train a long-tailed classifier with supervised contrastive losses.
 
 Examples:
@@ -80,8 +92,13 @@ def saved_config(run: Path) -> Config:
     """Returns an earlier run's configuration, with `resume` and `output` set to its folder. Raises NotFound."""
     path = run / "config.json"
     if not path.is_file():
-        raise NotFound(f"--resume {run}: no config.json there; give the folder of an earlier run, like runs/NAME")
-    config = from_dict(json.loads(path.read_text(encoding="utf-8")))
+        raise NotFound(f"{run}: no config.json there; give the folder of an earlier run, like runs/NAME")
+    try:
+        config = from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} can't be read as a run's configuration ({error}): it is damaged, or of another version"
+        ) from error
     return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=run, output=run))
 
 

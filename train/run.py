@@ -23,15 +23,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(config: Config) -> None:
     from rcl_fast.train.jobs import train  # loads PyTorch, which --help and a typo need not wait for
 
-    with exit_with_message():
-        train.run(config)
+    train.run(config)
 
 
 def _train_recorded(config: Config) -> None:
-    """Trains, and records errors so that torchrun shows the traceback of the process that failed first."""
+    """Trains such that torchrun shows the traceback of the process that failed first, where there is need of one."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(_train)(config)
+    @record
+    def recorded() -> None:
+        with exit_with_message():  # an error for people has no traceback to show
+            _train(config)
+
+    recorded()
 
 
 if __name__ == "__main__":

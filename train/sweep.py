@@ -1,4 +1,4 @@
-"""A search over options of the trainer, in trials that survive their workers: `python train/sweep.py --help`."""
+"""A search over options of the trainer, each trial a run on the queue: `python train/sweep.py --help`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Recipes, overrides, and what the command line says of mistakes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -157,3 +159,33 @@ def test_resuming_takes_the_earlier_configuration(earlier: tuple[Path, Config]) 
 def test_a_resumed_run_stays_the_run_it_was(earlier: tuple[Path, Config], change: list[str], said: str) -> None:
     with pytest.raises(UserError, match=f"start a new run to change .*{said}"):
         parse(["--resume", str(earlier[0]), *change])
+
+
+def test_code_that_parses_arguments_gets_an_error_and_no_exit() -> None:
+    assert config.config_of(["--loss", "ce"]) == parse(["--loss", "ce"])
+    with pytest.raises(UserError, match="Unrecognized options: --los"):
+        config.config_of(["--los", "ce"])
+
+
+@pytest.mark.parametrize("text", ["{", '{"data": {"colour": 1}}', '{"optimizer": {}}', "[]"])
+def test_a_configuration_that_can_not_be_read_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json can't be read as a run's configuration"):
+        config.saved_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "COMMAND is one of run, verify, second-stage, sweep, reproduce"),
+        (["trian"], 1, "there is no command 'trian'"),
+        ([], 1, "python -m rcl_fast.train COMMAND"),
+        (["second_stage", "--run", "nowhere", "--method", "crt"], 1, "nowhere: no config.json there"),
+    ],
+)
+def test_the_commands_have_one_name_together(arguments: list[str], status: int, said: str) -> None:
+    command = [sys.executable, "-m", "rcl_fast.train", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    assert ran.returncode == status
+    assert said in (ran.stdout if status == 0 else ran.stderr)
+    assert "Traceback" not in ran.stderr

@@ -16,6 +16,7 @@ from torchvision.io import ImageReadMode, decode_image
 from rcl_fast.train.data.folder import image_folder
 from rcl_fast.train.data.long_tail import ImbalanceShape, first_of_each_class, long_tailed_counts
 from rcl_fast.train.data.samples import BadImage, RawDataset, Samples, missing_data, open_image, subset
+from rcl_fast.train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _read(name: str, cifar: Cifar, data: Path | None) -> RawDataset:
     if data is not None and (data / "train").is_dir():
         raw = image_folder(data)
         if len(raw.class_names) != cifar.num_classes:
-            raise ValueError(f"{name} has {cifar.num_classes} classes, and {data / 'train'} has {len(raw.class_names)}")
+            raise UserError(f"{name} has {cifar.num_classes} classes, and {data / 'train'} has {len(raw.class_names)}")
         return raw
     raise missing_data(
         name,
@@ -94,7 +95,7 @@ def _from_arrays(name: str, num_classes: int, file: Path) -> RawDataset:
     """Returns the data set in an npz file; raises ValueError with everything that is wrong with the file."""
     with file.open("rb") as opened:
         if not zipfile.is_zipfile(opened):
-            raise ValueError(f"{file} is no npz file, or a part of one: copy it again")
+            raise UserError(f"{file} is no npz file, or a part of one: copy it again")
         opened.seek(0)
         arrays, wrong = _read_arrays(opened)
     fitting = {key: array for key, array in arrays.items() if _ARRAYS[key].fits(array)}
@@ -105,7 +106,7 @@ def _from_arrays(name: str, num_classes: int, file: Path) -> RawDataset:
     ]
     wrong += _contradictions(name, num_classes, fitting)
     if wrong:
-        raise ValueError("\n  ".join([f"{file} does not hold {name}:", *wrong]))
+        raise UserError("\n  ".join([f"{file} does not hold {name}:", *wrong]))
     train, test = (
         Samples(np.ascontiguousarray(arrays[part]), arrays[f"{part}_labels"].astype(np.int64))
         for part in ("train", "test")
@@ -151,7 +152,7 @@ def _from_torchvision(cifar: Cifar, data: Path) -> RawDataset:
     try:
         train, test = cifar.torchvision(data, train=True), cifar.torchvision(data, train=False)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"{data / cifar.torchvision.base_folder} is incomplete or damaged: delete it, then "
             f"torchvision.datasets.{cifar.torchvision.__name__}({str(data)!r}, download=True)"
         ) from error
@@ -164,7 +165,7 @@ def _check_enough(balanced: RawDataset, counts: np.ndarray, what: str) -> None:
     short = np.flatnonzero(available < counts)
     if len(short):
         k = short[0]
-        raise ValueError(
+        raise UserError(
             f"{what}: {len(short)} of {len(counts)} classes have too few training images; "
             f"{balanced.class_names[k]!r} has {available[k]} and {counts[k]} are needed. "
             "Choose a larger imbalance, or the complete data set"

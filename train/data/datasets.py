@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +18,11 @@ from rcl_fast.train.data.folder import image_folder
 from rcl_fast.train.data.lists import LISTS, load_lists
 from rcl_fast.train.data.long_tail import ImbalanceShape, held_out
 from rcl_fast.train.data.samples import BadImage, RawDataset, Samples, open_image, subset
+from rcl_fast.train.errors import NotFound, UserError
 
-__all__ = ["DATASETS", "BadImage", "Samples", "Splits", "load_splits", "open_image"]
+__all__ = ["DATASETS", "BadImage", "Samples", "Splits", "load_noting_warnings", "load_splits", "open_image"]
+
+_logger = logging.getLogger(__name__)
 
 DATASETS = ("digits_lt", *CIFARS, *LISTS, "folder")
 
@@ -68,9 +74,29 @@ def load_splits(
         return _splits(raw, raw.train, raw.validation, "validation (the data set's own)")
     kept, out = held_out(raw.train.labels, validation_fraction, seed)
     if len(out) == 0:
-        raise ValueError(f'{name}: no class has two training images to hold one out; use validate_on="test"')
+        raise UserError(f'{name}: no class has two training images to hold one out; use validate_on="test"')
     what = f"validation ({100 * validation_fraction:g} % of the training set, held out)"
     return _splits(raw, subset(raw.train, kept), subset(raw.train, out), what)
+
+
+T = TypeVar("T")
+
+
+def load_noting_warnings(load: Callable[[], T]) -> T:
+    """Returns what `load` returns, and logs its warnings; raises NotFound or UserError where it can't read files."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = load()
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFound(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    for warning in caught:
+        _logger.info(f"note: {warning.message}")
+    return loaded
 
 
 def _raw_dataset(name: str, data: Path | None, imbalance: float, shape: ImbalanceShape) -> RawDataset:
@@ -82,7 +108,7 @@ def _raw_dataset(name: str, data: Path | None, imbalance: float, shape: Imbalanc
         return load_lists(name, data)
     if name == "folder":
         return image_folder(data)
-    raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}")
+    raise UserError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}")
 
 
 def _splits(raw: RawDataset, train: Samples, validation: Samples, selected_on: str) -> Splits:

@@ -9,6 +9,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from rcl_fast.train.data.samples import RawDataset, Samples, missing_data
+from rcl_fast.train.errors import UserError
 
 
 def image_folder(data: Path | None) -> RawDataset:
@@ -34,7 +35,7 @@ def _tested(data: Path, class_to_index: dict[str, int]) -> dict[str, int]:
     names, _ = find_classes(data / "test")
     unknown = sorted(set(names) - set(class_to_index))
     if unknown:
-        raise ValueError(f"{data / 'test'} has classes that {data / 'train'} lacks: {', '.join(unknown)}")
+        raise UserError(f"{data / 'test'} has classes that {data / 'train'} lacks: {', '.join(unknown)}")
     untested = sorted(set(class_to_index) - set(names))
     if untested:
         warnings.warn(f"{data / 'test'} has no images of: {', '.join(untested)}", stacklevel=5)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcl_fast.train.data.samples import RawDataset, Samples, missing_data
+from rcl_fast.train.errors import UserError
 
 _OLTR = 'by the authors of "Large-Scale Long-Tailed Recognition in an Open World" (CVPR 2019)'
 
@@ -93,12 +94,12 @@ def _read_list(file: Path) -> Samples:
                 continue
             path, _, label = line.strip().rpartition(" ")  # the path may hold spaces
             if not path.strip() or not label.isdecimal():
-                raise ValueError(f"{file}, line {number}: expected `path label`, found {line.strip()!r}")
+                raise UserError(f"{file}, line {number}: expected `path label`, found {line.strip()!r}")
             paths.append(os.path.join(folder, path.strip()))
             labels.append(int(label))
             origins.append(f"{file.name}, line {number}")
     if not paths:
-        raise ValueError(f"{file} lists no image: expected lines of `path label`")
+        raise UserError(f"{file} lists no image: expected lines of `path label`")
     return Samples(paths, np.array(labels, np.int64), origins)
 
 
@@ -106,7 +107,7 @@ def _check_every_class(labels: NDArray[np.int64], num_classes: int, file: Path) 
     empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
     if len(empty):
         some = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-        raise ValueError(
+        raise UserError(
             f"{file}: its largest label is {num_classes - 1}, but it has no image of {len(empty)} classes below: "
             f"{some}. Labels count from 0 without gaps"
         )
@@ -115,7 +116,7 @@ def _check_every_class(labels: NDArray[np.int64], num_classes: int, file: Path) 
 def _check_labels(part: Samples, num_classes: int) -> None:
     outside = np.flatnonzero(part.labels >= num_classes)
     if len(outside) and part.origins:
-        raise ValueError(
+        raise UserError(
             f"{part.origins[outside[0]]}: label {part.labels[outside[0]]} is not among the training set's, "
             f"0 to {num_classes - 1}"
         )

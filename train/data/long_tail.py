@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rcl_fast.train.errors import UserError
+
 ImbalanceShape = Literal["exponential", "step"]
 
 
@@ -19,16 +21,16 @@ def long_tailed_counts(
     classes and the rest. Every class keeps at least one sample. Raises ValueError for impossible arguments.
     """
     if n_max < 1 or num_classes < 1:
-        raise ValueError(f"a long tail needs n_max >= 1 and num_classes >= 1, not {n_max} and {num_classes}")
+        raise UserError(f"a long tail needs n_max >= 1 and num_classes >= 1, not {n_max} and {num_classes}")
     if not 1 <= imbalance < np.inf:
-        raise ValueError(f"the imbalance factor is the largest class over the smallest, >= 1, not {imbalance}")
+        raise UserError(f"the imbalance factor is the largest class over the smallest, >= 1, not {imbalance}")
     if shape == "exponential":
         counts = n_max / imbalance ** (np.arange(num_classes) / max(num_classes - 1, 1))
     elif shape == "step":
         head = max(num_classes // 2, 1)
         counts = np.where(np.arange(num_classes) < head, n_max, n_max / imbalance)
     else:
-        raise ValueError(f'the shape of the imbalance is "exponential" or "step", not {shape!r}')
+        raise UserError(f'the shape of the imbalance is "exponential" or "step", not {shape!r}')
     return np.maximum(counts.astype(np.int64), 1)
 
 
@@ -43,7 +45,7 @@ def first_of_each_class(labels: ArrayLike, counts: ArrayLike) -> NDArray[np.int6
     short = np.flatnonzero(available < counts)
     if len(short):
         k = short[0]
-        raise ValueError(
+        raise UserError(
             f"{len(short)} of {len(counts)} classes have too few samples: "
             f"class {k} has {available[k]} and {counts[k]} are needed"
         )
@@ -56,7 +58,7 @@ def held_out(labels: ArrayLike, fraction: float, seed: int) -> tuple[NDArray[np.
     A class of two or more samples gives at least one to validation; the last sample of a class stays in training.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"the fraction held out for validation lies between 0 and 1, not {fraction}")
+        raise UserError(f"the fraction held out for validation lies between 0 and 1, not {fraction}")
     labels = np.asarray(labels, np.int64)
     sizes = np.bincount(labels)
     counts = np.minimum(np.maximum(np.rint(fraction * sizes), 1), sizes - 1)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcl_fast.train.data.samples import BadImage, Samples, describe, subset
+from rcl_fast.train.errors import NotFound, UserError
 from rcl_fast.train.runtime.files import write_lines
 
 SHOWN = 5
@@ -75,14 +76,14 @@ def read_manifest(dataset: str, data: Path, file: Path | None = None) -> Manifes
         made_with += f" --manifest {shlex.quote(str(file))}"
     file = file or default_file(data)
     if not file.is_file():
-        raise FileNotFoundError(f"there is no manifest {file}; this makes it:\n  {made_with}")
+        raise NotFound(f"there is no manifest {file}; this makes it:\n  {made_with}")
     entries = {}
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = Entry(**json.loads(line))
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{file}, line {number}: not a manifest's ({error}); move the file away") from error
+                raise UserError(f"{file}, line {number}: not a manifest's ({error}); move the file away") from error
             entries[entry.path] = entry
     return Manifest(file, data, entries, made_with)
 
@@ -130,7 +131,7 @@ def bad_indices(samples: Samples, manifest: Manifest) -> NDArray[np.int64]:
     """
     for index, path in enumerate(_paths(samples, manifest)):
         if path not in manifest.entries:
-            raise ValueError(
+            raise UserError(
                 f"{manifest.file} does not have {describe(samples, index)}: "
                 f"it is of other files; this makes it anew:\n  {manifest.made_with}"
             )
@@ -150,7 +151,7 @@ def without_bad(samples: Samples, manifest: Manifest, class_names: Sequence[str]
     if len(lost):
         index = int(np.flatnonzero(samples.labels == lost[0])[0])
         others = f", and so it is with {len(lost) - 1:,} more classes" if len(lost) > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"every image of class {class_names[lost[0]]!r} is bad, such as {describe(samples, index)}{others}: "
             f"skipping them leaves nothing of it. All bad files are in {manifest.file}"
         )

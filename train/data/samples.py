@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rcl_fast.train.errors import UserError
+from rcl_fast.train.errors import NotFound, UserError
 
 
 class BadImage(UserError):
@@ -90,7 +90,7 @@ def _cause(path: str, error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def missing_data(name: str, data: Path | None, expected: Sequence[str], how: str) -> FileNotFoundError:
+def missing_data(name: str, data: Path | None, expected: Sequence[str], how: str) -> NotFound:
     """Returns the error for a data set whose paths `expected` are not below `data`; `how` says how to get them."""
     where = f"not found below {data}" if data is not None else "no data folder was given; --data DIR should hold"
-    return FileNotFoundError("\n".join([f"{name}: {where}:", *(f"  {path}" for path in expected), how]))
+    return NotFound("\n".join([f"{name}: {where}:", *(f"  {path}" for path in expected), how]))

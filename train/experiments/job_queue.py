@@ -21,13 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from rcl_fast.provenance import describe
 from rcl_fast.train.errors import Preempted, UserError
-from rcl_fast.train.experiments.rows import PROVENANCE
 from rcl_fast.train.runtime.files import write_text
 from rcl_fast.train.runtime.threads import usable_cpus
 
 _logger = logging.getLogger(__name__)
 
-LOG = "output.log"
+LOG, PROVENANCE = "output.log", "provenance.json"
 _POLL_SECONDS = 0.2
 
 
@@ -60,7 +59,7 @@ Slot = Mapping[str, str]
 """A place for one job at a time, as the environment variables of its processes."""
 
 
-def slots(devices: Sequence[str] | None, jobs_per_device: int, devices_per_job: int = 1) -> list[Slot]:
+def find_slots(devices: Sequence[str] | None, jobs_per_device: int, devices_per_job: int = 1) -> list[Slot]:
     """Returns the slots of this machine: each device (or group of `devices_per_job`) has `jobs_per_device`.
 
     Args:
@@ -87,7 +86,7 @@ def _devices() -> list[str]:
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
-def run_all(jobs: Iterable[Job], places: Sequence[Slot], total: int | None = None) -> list[Failure]:
+def run_all(jobs: Iterable[Job], slots: Sequence[Slot], total: int | None = None) -> list[Failure]:
     """Runs every job, one at a time in each slot; returns those that failed, whose logs are in their folders.
 
     Args:
@@ -98,14 +97,14 @@ def run_all(jobs: Iterable[Job], places: Sequence[Slot], total: int | None = Non
         Stopped: a signal came (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP); the jobs under way got SIGTERM and have ended.
     """
     try:
-        return _run_all(jobs, places, total)
+        return _run_all(jobs, slots, total)
     except Stopped as stopped:
         _logger.info(f"{stopped}; the runs under way have saved themselves: the same command goes on")
         raise
 
 
-def _run_all(jobs: Iterable[Job], places: Sequence[Slot], total: int | None) -> list[Failure]:
-    waiting, free, running, failures = iter(jobs), list(places), list[_Running](), list[Failure]()
+def _run_all(jobs: Iterable[Job], slots: Sequence[Slot], total: int | None) -> list[Failure]:
+    waiting, free, running, failures = iter(jobs), list(slots), list[_Running](), list[Failure]()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -114,7 +113,7 @@ def _run_all(jobs: Iterable[Job], places: Sequence[Slot], total: int | None) -> 
         console=rich.get_console(),
         transient=True,
     )
-    with _signals() as received, bar, _none_left(running):
+    with _signals() as received, bar, _terminate_on_exit(running):
         task = bar.add_task("runs", total=total)
         while True:
             if received:
@@ -234,7 +233,7 @@ def _last_line(log: Path) -> str:
 
 
 @contextmanager
-def _none_left(running: Sequence[_Running]) -> Iterator[None]:
+def _terminate_on_exit(running: Sequence[_Running]) -> Iterator[None]:
     """Has the jobs under way save themselves, however the queue ends, and waits for them as long as they take."""
     try:
         yield

@@ -121,14 +121,14 @@ def run_missing(entries: Plan, known: Rows, options: ReproduceOptions) -> list[F
 
 
 def _run_all(jobs: Sequence[Job], options: ReproduceOptions) -> list[Failure]:
-    places = job_queue.slots(options.devices, options.jobs_per_device, options.gpus_per_run)
-    return job_queue.run_all(jobs, places, len(jobs))
+    slots = job_queue.find_slots(options.devices, options.jobs_per_device, options.gpus_per_run)
+    return job_queue.run_all(jobs, slots, len(jobs))
 
 
-def part_of(keys: list[str], part: str) -> list[str]:
+def part_of(ids: list[str], part: str) -> list[str]:
     """Returns one part of all runs, finished or not: the jobs of an array start at different times, and must agree."""
     index, count = map(int, part.split("/"))
-    return keys[index - 1 :: count]
+    return ids[index - 1 :: count]
 
 
 def _training(run: Run, processes: int) -> Job:

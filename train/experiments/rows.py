@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rcl_fast.train.experiments import runs
+from rcl_fast.train.experiments.job_queue import LOG, PROVENANCE
 from rcl_fast.train.experiments.setting import MAKES_IMBALANCE
+
+CLUSTERS = "clusters.json"
 
 _KEPT = (
     *("balanced_accuracy", "harmonic_mean", "geometric_mean", "many", "medium", "few", "worst_class"),
@@ -45,13 +48,9 @@ def row_of(of: runs.Run, second_stage: str | None = None) -> dict[str, Any] | No
     }
 
 
-CLUSTERS = "clusters.json"
-PROVENANCE = "provenance.json"
-
-
 def _groups(folder: Path) -> dict[str, int]:
     """Returns how many classes the compression rule found failing, and how many not, from the run's log."""
-    log = folder / "output.log"
+    log = folder / LOG
     counts = _GROUPS.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     if not counts:
         return {}

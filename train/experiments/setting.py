@@ -9,7 +9,7 @@ import shlex
 from functools import cache
 from typing import NamedTuple, get_type_hints
 
-from rcl_fast.train.config import RESUMABLE, parse
+from rcl_fast.train.config import RESUMABLE, config_of
 from rcl_fast.train.experiments.tables import Column, Options, Row, Table
 from rcl_fast.train.options import Config
 
@@ -91,7 +91,7 @@ def arguments_of(row: Row, column: Column, setting: Setting) -> tuple[str, ...]:
 @cache
 def parsed(arguments: tuple[str, ...]) -> Config:
     """Returns the parsed arguments. They are cached: parsing takes longest, and tables ask for the same again."""
-    return parse(arguments)
+    return config_of(arguments)
 
 
 def flags(options: Options) -> list[str]:

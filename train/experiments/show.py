@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rich
-
 from rcl_fast.train.experiments import cells, clusters, pictures, render, runs
 from rcl_fast.train.experiments.plan import Plan, PlannedRun, Rows, plan, read_rows, unique
 from rcl_fast.train.experiments.render import Filled
@@ -18,6 +16,7 @@ from rcl_fast.train.experiments.rows import CLUSTERS, row_of
 from rcl_fast.train.experiments.setting import Setting
 from rcl_fast.train.experiments.tables import TABLES, Table
 from rcl_fast.train.options import ReproduceOptions
+from rcl_fast.train.runtime.console import print_table
 from rcl_fast.train.runtime.files import write_text
 
 _logger = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: Re
     finished = {entry.id: row for entry in unique(entries) if (row := _row(entry, known)) is not None}
     filled = fill(table, entries, finished, setting, options.seeds)
     _logger.info(render.title(filled))
-    rich.get_console().print(render.for_terminal(filled), soft_wrap=True)
+    print_table(render.for_terminal(filled))
     _logger.info("\n".join(render.notes(filled)))
     folder = options.output or options.folder / "tables"
     folder.mkdir(parents=True, exist_ok=True)

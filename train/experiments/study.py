@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import shutil
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,15 +86,13 @@ def trials(folder: Path) -> list[Trial]:
 
 def make_trial(folder: Path, number: int, parameters: Parameters) -> Trial | None:
     """Makes trial `number`; None where it is there already, perhaps since a moment ago, by another process."""
-    place = folder / f"{number:04d}"
-    unfinished = Path(tempfile.mkdtemp(prefix=".trial-", dir=folder))
+    place, unfinished = folder / f"{number:04d}", folder / f".trial-{socket.gethostname()}-{os.getpid()}"
+    unfinished.mkdir(exist_ok=True)
     (unfinished / "trial.json").write_text(json.dumps({"parameters": dict(parameters)}) + "\n", encoding="utf-8")
-    unfinished.chmod(0o777 & ~_umask())
     try:
         os.rename(unfinished, place)
     except OSError:
-        (unfinished / "trial.json").unlink()
-        unfinished.rmdir()
+        shutil.rmtree(unfinished)
         if not place.is_dir():
             raise
         return None
@@ -104,12 +103,6 @@ def best_validation(folder: Path) -> dict[str, Any]:
     """Returns the row of a run's metrics.jsonl with the highest balanced accuracy, the first of several."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return max(rows, key=lambda row: row["balanced_accuracy"])
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

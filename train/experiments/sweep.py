@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-import rich
 from rich.table import Table
 
-from rcl_fast.train.config import RESUMABLE, parse
+from rcl_fast.train.config import RESUMABLE, config_of
 from rcl_fast.train.errors import UserError, refuse
 from rcl_fast.train.experiments import job_queue, runs, study
 from rcl_fast.train.experiments.job_queue import Failure, Job
@@ -22,6 +21,7 @@ from rcl_fast.train.experiments.study import Trial
 from rcl_fast.train.options import Config, SweepOptions
 from rcl_fast.train.report import results
 from rcl_fast.train.rundir import status
+from rcl_fast.train.runtime.console import print_table
 
 _logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ def sweep(options: SweepOptions, shared: Sequence[str] = ()) -> list[Failure]:
     """
     search = _plan(options, shared)
     study.open_study(options.study, search.content())
-    places = job_queue.slots(options.devices, options.jobs_per_device)
-    failures = job_queue.run_all(_jobs(search), places, search.total)
+    slots = job_queue.find_slots(options.devices, options.jobs_per_device)
+    failures = job_queue.run_all(_jobs(search), slots, search.total)
     show(search)
     return [failure for failure in failures if not failure.elsewhere and not _diverged(failure)]
 
@@ -99,7 +99,7 @@ def _plan(options: SweepOptions, shared: Sequence[str]) -> Search:
 
 
 def _config(arguments: tuple[str, ...]) -> Config:
-    config = parse(arguments)
+    config = config_of(arguments)
     if config.run.output is not None or config.run.resume is not None:
         raise UserError("--output and --resume are each trial's own: its folder is in --study")
     return config
@@ -174,12 +174,13 @@ def show(search: Search) -> None:
             figures = [f"{accuracies[0]:.1%}", str(metrics["best_epoch"]), f"{accuracies[1]:.1%}"]
         values = (_short(trial.parameters.get(name, "–")) for name in search.space)
         table.add_row(str(trial.number), *values, *figures, _shown_status(trial))
-    _logger.info(f"{search.options.study}: balanced accuracy of {len(ordered)} trials")
-    rich.get_console().print(table, soft_wrap=True)
+    _logger.info(f"{search.options.study}: balanced accuracy of {len(ordered)} trial{'s' * (len(ordered) != 1)}")
+    print_table(table)
     if selected_on:
         best = ordered[0]
         _logger.info(f"best: {_described(best.parameters)}, in {best.folder}; selected on {', '.join(selected_on)}")
 
 
 def _shown_status(trial: Trial) -> str:
-    return "" if trial.status == "finished" else trial.status or "not begun"
+    started = (trial.folder / job_queue.LOG).is_file()
+    return "" if trial.status == "finished" else trial.status or ("failed at its start" if started else "not begun")

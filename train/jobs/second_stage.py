@@ -22,7 +22,7 @@ from rcl_fast import metrics
 from rcl_fast.heads import CosineClassifier
 from rcl_fast.train.config import saved_config
 from rcl_fast.train.data.datasets import Splits
-from rcl_fast.train.errors import NonFiniteLoss, NotFound, UserError, refuse
+from rcl_fast.train.errors import NonFiniteLoss, UserError, refuse
 from rcl_fast.train.inference import load_network
 from rcl_fast.train.loaders import build
 from rcl_fast.train.loaders.base import Batch
@@ -100,8 +100,6 @@ def _config(options: SecondStageOptions) -> Config:
     """Returns the run's configuration, with the options' changes to it. Raises UserError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a second stage runs on one process: start it without torchrun")
-    if not (options.run / "config.json").is_file():
-        raise NotFound(f"--run {options.run}: no config.json there; give the folder of a finished run, like runs/NAME")
     saved = saved_config(options.run)
     _check(options, saved)
     data, run = saved.data, saved.run
@@ -150,7 +148,7 @@ def _check(options: SecondStageOptions, saved: Config) -> None:
     )
 
 
-class _Run(NamedTuple):
+class _FirstStage(NamedTuple):
     """The run that the second stage builds on; its network is frozen."""
 
     config: Config
@@ -179,7 +177,7 @@ class _Run(NamedTuple):
 Validate = Callable[[nn.Module], dict[str, Any]]
 
 
-def _load(options: SecondStageOptions, config: Config) -> _Run:
+def _load(options: SecondStageOptions, config: Config) -> _FirstStage:
     """Loads the data set and one of the run's checkpoints. Raises UserError where the two do not belong together."""
     ended = status.read(options.run)
     if ended not in ("finished", "interrupted"):
@@ -199,7 +197,7 @@ def _load(options: SecondStageOptions, config: Config) -> _Run:
     seed = config.run.seed if options.seed is None else options.seed
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
     torch.manual_seed(seed)
-    return _Run(config, splits, runtime, model.requires_grad_(False).eval(), loaded.epoch)
+    return _FirstStage(config, splits, runtime, model.requires_grad_(False).eval(), loaded.epoch)
 
 
 class _Stage(NamedTuple):
@@ -214,7 +212,7 @@ class _Stage(NamedTuple):
     notes: list[str]
 
 
-def _tau_norm(options: SecondStageOptions, run: _Run) -> _Stage:
+def _tau_norm(options: SecondStageOptions, run: _FirstStage) -> _Stage:
     classifier = run.model.classifier
     assert isinstance(classifier, nn.Linear)
     if options.tau is not None:
@@ -235,7 +233,7 @@ def _tau_norm(options: SecondStageOptions, run: _Run) -> _Stage:
     return _Stage(normalised, normalised, run.epoch, run.epoch, facts, [], [note])
 
 
-def _retrained(options: SecondStageOptions, run: _Run) -> _Stage:
+def _retrained(options: SecondStageOptions, run: _FirstStage) -> _Stage:
     """Trains the classifier by cRT or LWS, each class equally often; the epoch is selected as the run's was."""
     validate = run.validation()
     classifier = _classifier_to_train(options, run)
@@ -248,7 +246,9 @@ def _retrained(options: SecondStageOptions, run: _Run) -> _Stage:
     history: list[dict[str, Any]] = []
     for epoch in range(1, choices.epochs + 1):
         row: dict[str, Any] = {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"]}
-        row.update(train_epoch(classifier, run.model.backbone, optimizer, loader.epoch(epoch - 1), run.runtime))
+        row.update(
+            train_classifier_epoch(classifier, run.model.backbone, optimizer, loader.epoch(epoch - 1), run.runtime)
+        )
         if not all(parameter.isfinite().all() for parameter in parameters):
             raise NonFiniteLoss(f"the classifier is not finite after epoch {epoch}: a lower --lr often helps")
         row.update(validate(classifier))
@@ -265,7 +265,7 @@ def _retrained(options: SecondStageOptions, run: _Run) -> _Stage:
     return _Stage(_merged(best), _merged(classifier), best_epoch, choices.epochs, facts, history, [])
 
 
-def _classifier_to_train(options: SecondStageOptions, run: _Run) -> nn.Module:
+def _classifier_to_train(options: SecondStageOptions, run: _FirstStage) -> nn.Module:
     old = run.model.classifier
     if options.method == "lws":
         assert isinstance(old, nn.Linear)
@@ -280,7 +280,7 @@ def _merged(classifier: nn.Module) -> nn.Module:
     return classifier.merged() if isinstance(classifier, ScaledClassifier) else classifier
 
 
-def train_epoch(
+def train_classifier_epoch(
     classifier: nn.Module, backbone: nn.Module, optimizer: SGD, batches: Iterator[Batch], runtime: Runtime
 ) -> dict[str, float]:
     """Trains for one pass over `batches` with cross-entropy; the backbone is in evaluation mode, BatchNorm too.

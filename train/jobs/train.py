@@ -54,7 +54,7 @@ def run(config: Config) -> Path:
     with (
         distributed.init_process_group(runtime.device, config.run.timeout_minutes),
         signals.handle_signals() as should_stop,
-        _main_alone_informs(),
+        _warn_only_off_main(),
     ):
         try:
             return _run(distributed.broadcast_object(config), runtime, should_stop)
@@ -65,7 +65,7 @@ def run(config: Config) -> Path:
 
 
 @contextmanager
-def _main_alone_informs() -> Iterator[None]:
+def _warn_only_off_main() -> Iterator[None]:
     """Has every process but the main one log only warnings: each would repeat the rest."""
     logger = logging.getLogger("rcl_fast")
     before = logger.level
@@ -79,7 +79,7 @@ def _main_alone_informs() -> Iterator[None]:
 
 def _run(config: Config, runtime: Runtime, should_stop: ShouldStop) -> Path:
     job = _prepare(config, runtime)
-    with _noting_how_it_ends(job.folder):
+    with _record_status(job.folder):
         interrupted = _train(job, should_stop)
         best, last = _test(job, should_stop)
         figures = _report(job, best, last, interrupted)
@@ -115,7 +115,7 @@ def _prepare(config: Config, runtime: Runtime) -> _Job:
         _resume(training, training_loader, config.run.resume)
     folder = distributed.run_on_main(lambda: _prepare_folder(config))
     job = _Job(config, splits, training, training_loader, validation_loader, step, folder)
-    _introduce(job)
+    _log_start(job)
     return job
 
 
@@ -175,7 +175,7 @@ def _new_folder(config: Config) -> Path:
     raise AssertionError("unreachable")
 
 
-def _introduce(job: _Job) -> None:
+def _log_start(job: _Job) -> None:
     config, splits, training = job.config, job.splits, job.training
     counts, device = splits.class_counts, training.runtime.device
     network = results.parameters(training.model.backbone, training.model.classifier)
@@ -188,17 +188,17 @@ def _introduce(job: _Job) -> None:
         f"{config.model.arch}: {network:,} parameters, "
         f"{results.parameters(training.model):,} with the heads; {together}{where}, {training.runtime.precision}; loss "
         f"{config.loss.loss}, {config.optimization.epochs} epochs\n"
-        f"results in {job.folder}" + (f"; going on {_position(training)}" if config.run.resume is not None else "")
+        f"results in {job.folder}" + (f"; going on {_progress(training)}" if config.run.resume is not None else "")
     )
 
 
-def _position(training: Training) -> str:
+def _progress(training: Training) -> str:
     steps = "" if training.progress is None else f" and {training.progress.steps} steps"
     return f"after epoch {training.epoch}{steps}"
 
 
 @contextmanager
-def _noting_how_it_ends(folder: Path) -> Iterator[None]:
+def _record_status(folder: Path) -> Iterator[None]:
     """Writes status.json where the run ends before its report, and logs how to go on."""
     try:
         yield

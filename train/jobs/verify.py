@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import rich
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rcl_fast.metrics import FEW_BELOW, MANY_ABOVE
-from rcl_fast.train.data.datasets import load_splits
+from rcl_fast.train.data.datasets import load_noting_warnings, load_splits
 from rcl_fast.train.data.folder import image_folder
 from rcl_fast.train.data.lists import LISTS, load_lists
 from rcl_fast.train.data.manifest import (
@@ -32,8 +31,9 @@ from rcl_fast.train.data.manifest import (
 )
 from rcl_fast.train.data.samples import RawDataset, Samples, describe
 from rcl_fast.train.data.scan import CHUNK, scan
-from rcl_fast.train.errors import NotFound, NotWritten, UserError, refuse
+from rcl_fast.train.errors import NotWritten, UserError, refuse
 from rcl_fast.train.options import VerifyOptions
+from rcl_fast.train.runtime.console import print_table, print_text
 from rcl_fast.train.runtime.threads import usable_cpus
 
 SHOWN = 5  # how many files or classes of each kind are named
@@ -45,12 +45,12 @@ def verify(options: VerifyOptions) -> int:
     refuse({f"--workers must be 0 or more, got {options.workers}": options.workers is not None and options.workers < 0})
     if options.dataset in (*LISTS, "folder"):
         return _verify_files(options)
-    splits = _load(partial(load_splits, options.dataset, options.data))
+    splits = load_noting_warnings(partial(load_splits, options.dataset, options.data))
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     entries = [Entry("", part, int(label)) for part, samples in parts.items() for label in samples.labels]
     _show_splits(entries, {})
     _show_classes(entries, splits.class_names)
-    _say(
+    print_text(
         f"This is {options.dataset} as a run has it by default; the best epoch is selected on {splits.selected_on}.\n"
         "It is read into memory, which has just checked every image: it needs no manifest.",
     )
@@ -66,17 +66,19 @@ class ImageRef(NamedTuple):
 
 
 def _verify_files(options: VerifyOptions) -> int:
-    raw = _load(partial(_raw_dataset, options.dataset, options.data))
+    raw = load_noting_warnings(partial(_raw_dataset, options.dataset, options.data))
     data = options.data or Path()  # without a folder, `_load` has raised
     file = options.manifest or default_file(data)
     _check_writable(file)
-    before = _load(partial(read_manifest, options.dataset, data, options.manifest)) if file.exists() else None
+    before = (
+        load_noting_warnings(partial(read_manifest, options.dataset, data, options.manifest)) if file.exists() else None
+    )
     images = list(_image_refs(raw))
     unseen = [
         Entry(relative(samples.images[position], data), split, int(samples.labels[position]))
         for split, samples, position in images
     ]
-    _say(f"{options.dataset}: {len(images):,} images to decode")
+    print_text(f"{options.dataset}: {len(images):,} images to decode")
     try:
         workers = usable_cpus() if options.workers is None else options.workers
         entries = list(_watched(scan(unseen, data, workers), len(unseen)))
@@ -90,26 +92,8 @@ def _verify_files(options: VerifyOptions) -> int:
     if before:
         _show_changes(since, _earlier(file))
     _show_bad([(image, entry.error) for image, entry in zip(images, entries, strict=True) if entry.error])
-    _say(f"manifest: {file}")
+    print_text(f"manifest: {file}")
     return 1 if since.changed or any(entry.error for entry in entries) else 0
-
-
-T = TypeVar("T")
-
-
-def _load(load: Callable[[], T]) -> T:
-    """Returns the result of `load` and prints its warnings; raises UserError for its errors."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            loaded = load()
-    except FileNotFoundError as error:
-        raise NotFound(str(error)) from error
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    for warning in caught:
-        _say(f"note: {warning.message}")
-    return loaded
 
 
 def _raw_dataset(dataset: str, data: Path | None) -> RawDataset:
@@ -176,7 +160,7 @@ def _show_splits(entries: Sequence[Entry], published: dict[str, int]) -> None:
     for split, count in counts.items():
         sizes = [f"{published[split]:,}"] if published else []
         table.add_row(split, f"{count:,}", *sizes, f"{bad[split]:,}")
-    _print(table)
+    print_table(table)
 
 
 def _show_classes(entries: Sequence[Entry], names: Sequence[str]) -> None:
@@ -198,38 +182,38 @@ def _show_classes(entries: Sequence[Entry], names: Sequence[str]) -> None:
             f"few (< {FEW_BELOW})": train < FEW_BELOW,
         }.items():
             table.add_row(group, f"{of_group.sum():,}", f"{train[of_group].sum():,}")
-    _print(table)
+    print_table(table)
     largest, smallest = int(train.argmax()), int(train.argmin())
-    _say(
+    print_text(
         f"{len(names):,} classes; training images that decode: "
         f"{train[largest]:,} ({names[largest]}) down to {train[smallest]:,} ({names[smallest]})",
     )
     for split, of_split in counts.items():
         empty = [name for name, count in zip(names, of_split, strict=True) if count == 0]
         if empty:
-            _say(f"{split} has no image that decodes of {_some(empty)}")
+            print_text(f"{split} has no image that decodes of {_some(empty)}")
 
 
 def _show_formats(entries: Sequence[Entry]) -> None:
     """Prints the formats of the files by Pillow's names; a rare one may be there by mistake."""
     formats = Counter(f"{entry.format} {entry.mode}" for entry in entries if not entry.error)
-    _say("formats: " + ", ".join(f"{what} {count:,}" for what, count in formats.most_common()))
+    print_text("formats: " + ", ".join(f"{what} {count:,}" for what, count in formats.most_common()))
 
 
 def _show_changes(since: Changes, earlier: Path) -> None:
-    _say(
+    print_text(
         "since the earlier manifest: " + ", ".join(f"{len(paths):,} {what}" for what, paths in since._asdict().items()),
     )
     for what, paths in since._asdict().items():
         if paths:
-            _say(f"  {what}: {_some(paths)}")
+            print_text(f"  {what}: {_some(paths)}")
     if since.changed:
-        _say(f"  the earlier manifest is kept as {earlier}")
+        print_text(f"  the earlier manifest is kept as {earlier}")
 
 
 def _show_bad(bad: Sequence[tuple[ImageRef, str]]) -> None:
     if not bad:
-        _say("every image decodes")
+        print_text("every image decodes")
         return
     kinds: dict[str, list[str]] = defaultdict(list)
     for (_, samples, position), error in bad:
@@ -237,12 +221,12 @@ def _show_bad(bad: Sequence[tuple[ImageRef, str]]) -> None:
     table = _table("bad files", "files")
     for kind, lines in kinds.items():
         table.add_row(kind, f"{len(lines):,}")
-    _print(table)
+    print_table(table)
     for kind, lines in kinds.items():
-        _say(
+        print_text(
             "\n  ".join([kind, *lines[:SHOWN]]) + (f"\n  and {len(lines) - SHOWN:,} more" * (len(lines) > SHOWN)),
         )
-    _say("mend them and verify again, or train without them: train/run.py --on-bad-image skip")
+    print_text("mend them and verify again, or train without them: train/run.py --on-bad-image skip")
 
 
 _KINDS = {
@@ -270,12 +254,3 @@ def _table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right")
     return table
-
-
-def _say(text: str) -> None:
-    """Prints text that may hold file names: without markup, and even where a name is not UTF-8."""
-    rich.get_console().print(text.encode(errors="replace").decode(), markup=False, highlight=False, soft_wrap=True)
-
-
-def _print(table: Table) -> None:
-    rich.get_console().print(table, soft_wrap=True)

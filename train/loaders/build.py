@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rcl_fast.train.data.datasets import Splits, load_splits
+from rcl_fast.train.data.datasets import Splits, load_noting_warnings, load_splits
 from rcl_fast.train.data.manifest import Manifest, check_readable, default_file, read_manifest, without_bad
 from rcl_fast.train.data.samples import BadImage, Samples
-from rcl_fast.train.errors import NotFound, UserError
+from rcl_fast.train.errors import UserError
 from rcl_fast.train.loaders.base import (
     Loader,
     LoaderSpec,
@@ -46,29 +46,18 @@ def load(config: Config) -> Splits:
         NotFound, BadImage, UserError: what is wrong with the data set.
     """
     data = config.data
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            splits = load_splits(
-                data.dataset,
-                data.data,
-                imbalance=data.imbalance,
-                imbalance_shape=data.imbalance_shape,
-                validation_fraction=data.validation_fraction,
-                validate_on=data.validate_on,
-                seed=config.run.seed,
-            )
-        for warning in caught:
-            _logger.info(f"note: {warning.message}")
-        if isinstance(splits.train.images, list):
-            return _without_bad(config, splits)
-        return splits
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise NotFound(str(error)) from error
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
+    load_raw = partial(
+        load_splits,
+        data.dataset,
+        data.data,
+        imbalance=data.imbalance,
+        imbalance_shape=data.imbalance_shape,
+        validation_fraction=data.validation_fraction,
+        validate_on=data.validate_on,
+        seed=config.run.seed,
+    )
+    splits = load_noting_warnings(load_raw)
+    return _without_bad(config, splits) if isinstance(splits.train.images, list) else splits
 
 
 def with_loader(config: Config, splits: Splits, runtime: Runtime) -> Config:

@@ -156,7 +156,7 @@ class Agreement(NamedTuple):
 
 
 def sync_step(images: int, stop: bool, save: bool) -> Agreement:
-    """Returns the all-reduced knowledge of the processes before a step, so that all do the same."""
+    """All-reduces images and flags before a step; returns what all processes do next."""
     total, without, stops, saves = distributed.all_reduce_counts(images, images == 0, stop, save)
     return Agreement(total, ends=without > 0, saves=stops + saves > 0, stops=stops > 0)
 

@@ -10,7 +10,6 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import rich
 import torch
 from rich.table import Table
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from rcl_fast.train.network.models import LongTailedClassifier
 from rcl_fast.train.options import Config
 from rcl_fast.train.report.page import Report, write_report
 from rcl_fast.train.runtime import distributed
+from rcl_fast.train.runtime.console import print_table
 from rcl_fast.train.runtime.files import write_text
 from rcl_fast.train.runtime.hardware import Runtime
 
@@ -129,7 +129,7 @@ def show_beside(title: str, columns: dict[str, dict[str, Any]]) -> None:
     for label, key in {**_SHOWN, f"balanced accuracy, last epoch ({last})": "last_epoch_balanced_accuracy"}.items():
         values = [figures.get(key) for figures in columns.values()]
         table.add_row(label, *("–" if value is None else f"{value:.1%}" for value in values))
-    rich.get_console().print(table, soft_wrap=True)
+    print_table(table)
 
 
 _SHOWN = {

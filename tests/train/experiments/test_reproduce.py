@@ -528,16 +528,18 @@ def job(folder: Path, code: str) -> Job:
 
 
 def test_every_device_takes_so_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert job_queue.slots(["0", "3"], 2) == [{"CUDA_VISIBLE_DEVICES": d} for d in ("0", "3", "0", "3")]
-    assert job_queue.slots(["0", "1", "2", "3", "4"], 1, 2) == [{"CUDA_VISIBLE_DEVICES": d} for d in ("0,1", "2,3")]
+    assert job_queue.find_slots(["0", "3"], 2) == [{"CUDA_VISIBLE_DEVICES": d} for d in ("0", "3", "0", "3")]
+    assert job_queue.find_slots(["0", "1", "2", "3", "4"], 1, 2) == [
+        {"CUDA_VISIBLE_DEVICES": d} for d in ("0,1", "2,3")
+    ]
     with pytest.raises(UserError, match="shows 1 GPUs"):
-        job_queue.slots(["0"], 1, 2)
+        job_queue.find_slots(["0"], 1, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert job_queue.slots(None, 1) == [{}]
-    assert len(job_queue.slots(None, 2)) == 2
+    assert job_queue.find_slots(None, 1) == [{}]
+    assert len(job_queue.find_slots(None, 2)) == 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert job_queue.slots(None, 1) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "6"}]
+    assert job_queue.find_slots(None, 1) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "6"}]
 
 
 def test_jobs_run_each_on_its_device_and_a_failure_stops_no_other(
@@ -546,7 +548,7 @@ def test_jobs_run_each_on_its_device_and_a_failure_stops_no_other(
     note = "import os, pathlib; pathlib.Path({!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
     jobs = [job(tmp_path / f"{n}", note.format(str(tmp_path / f"{n}.txt"))) for n in range(3)]
     jobs.insert(1, job(tmp_path / "bad", "import sys; sys.exit('out of luck')"))
-    failures = job_queue.run_all(jobs, job_queue.slots(["5", "7"], 1))
+    failures = job_queue.run_all(jobs, job_queue.find_slots(["5", "7"], 1))
     assert {(tmp_path / f"{n}.txt").read_text() for n in range(3)} <= {"5", "7"}
     assert [(f.job.label, "out of luck" in f.why) for f in failures] == [("bad", True)]
     assert "output.log" in failures[0].why
