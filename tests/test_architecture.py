@@ -29,14 +29,15 @@ BY_ONE_NAME = "__main__"  # `python -m rcl_fast.train COMMAND`, which alone impo
 # commands share, and the parser of train/run.py's options, which prints its help and what it does not understand.
 EXITS = {"train/command_line.py": 2, "train/config.py": 2}
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS, LONGEST_README = 400, 60, 8, 150
-LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS = {"rcl_fast/functional.py contrastive_loss": 76}  # most of it the docstring
 MANY_PARAMETERS = {
     "rcl_fast/functional.py contrastive_loss": 13,  # the call that people write, all but two by name
+    "rcl_fast/losses.py ContrastiveLoss.__init__": 10,  # the same, all but one by name
     "rcl_fast/functional.py _checked_batch": 10,  # the same arguments, before there is a batch to hold them
     "train/loaders/base.py training_spec": 9,  # all but three by name, four with defaults
 }
-README_LINES: int | None = None  # None: no exception is needed
+
+WAYS_AROUND = ("__import__", "exec", "eval")  # an import statement
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -72,13 +73,28 @@ def hidden_imports(tree: ast.AST) -> set[str]:
     plain = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     found = {f"import {name}" for name in plain if name.split(".")[0] == "rcl_fast"}
     names = imports(tree)
-    tops = {"", "kernels", "train", "bench", "tests", "importlib", "runpy", *ROOMS, *COMMANDS, *EARLIER_NAMES}
+    tops = {
+        "",
+        "kernels",
+        "train",
+        "bench",
+        "tests",
+        "importlib",
+        "pkgutil",
+        "runpy",
+        *ROOMS,
+        *COMMANDS,
+        *EARLIER_NAMES,
+    }
     found |= {name for name in names if name.split(".")[0] in tops}  # "": relative
     found -= {"importlib.resources", "importlib.util.find_spec", "importlib.metadata"}
     found |= names & {"rcl_fast.train", "rcl_fast.kernels"}
-    found |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "__import__"}
+    found |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in WAYS_AROUND}
+    found |= {
+        ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "modules"
+    } & {"sys.modules"}
     texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
-    return found | {text for text in texts if re.fullmatch(r"rcl_fast\.(train|kernels)(\.\w+)+", text)}
+    return found | {text for text in texts if re.fullmatch(r"rcl_fast\.(train|kernels)(\.\w+)+(:\w+)?", text)}
 
 
 def rooms_imported(tree: ast.AST) -> dict[str, str]:
@@ -125,15 +141,12 @@ def test_rooms_import_downwards_only() -> None:
 
 
 def test_no_module_waits_for_itself() -> None:
-    """Follows the imports at the top of modules, within a room too: what is imported later closes no circle."""
+    """Follows every import, a late one within a function too, also within a room."""
     names = {dotted(path): path for path in sources()}
-    later = {
-        name: {other for other in names if other in imports_at_the_top(sources()[path])} - {name}
-        for name, path in names.items()
-    }
-    while first := {name for name, needs in later.items() if not needs}:
-        later = {name: needs - first for name, needs in later.items() if name not in first}
-    assert not later
+    needs = {name: modules_imported(sources()[path], set(names)) - {name} for name, path in names.items()}
+    while first := {name for name, of in needs.items() if not of}:
+        needs = {name: of - first for name, of in needs.items() if name not in first}
+    assert not needs
 
 
 def dotted(path: Path) -> str:
@@ -142,12 +155,11 @@ def dotted(path: Path) -> str:
     return ".".join(inner.with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_at_the_top(tree: ast.Module) -> set[str]:
-    """Every module that `from a import b` may mean: a and a.b."""
-    nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
-    return {str(node.module) for node in nodes} | {
-        f"{node.module}.{alias.name}" for node in nodes for alias in node.names
-    }
+def modules_imported(tree: ast.Module, names: set[str]) -> set[str]:
+    """Those of `names` that a module imports: of `from a import b` a.b, or a where that is no module."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    meant = ((str(node.module), f"{node.module}.{alias.name}") for node in nodes for alias in node.names)
+    return names & {inner if inner in names else outer for outer, inner in meant}
 
 
 def test_no_command_imports_another() -> None:
@@ -175,11 +187,22 @@ def exits(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Name) and node.id in ("SystemExit", "exit", "quit") and id(node) not in caught
     ]
     # Whatever the module is called here; a command line's parser ends the program where it does not understand.
-    ways = {"exit", "_exit", "abort", "SystemExit", "parse_args", "parse_known_args"}
+    ways = {"exit", "_exit", "abort", "SystemExit", "parse_args", "parse_known_args", "execv", "execvp"}
+    parsers = {
+        alias.asname or "tyro"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name == "tyro"
+    }
     reached = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     return [
         *named,
-        *(ast.unparse(node) for node in reached if node.attr in ways or ast.unparse(node) == "tyro.cli"),
+        *(
+            ast.unparse(node)
+            for node in reached
+            if node.attr in ways or ast.unparse(node) in {f"{name}.cli" for name in parsers}
+        ),
         *(name for name in imports(tree) if name.split(".")[-1] in ways or name == "tyro.cli"),
     ]
 
@@ -189,7 +212,12 @@ def exits(tree: ast.AST) -> list[str]:
     [
         *("raise SystemExit", "raise SystemExit(3)", "error = SystemExit(3)", "sys.exit(2)", "os._exit(1)"),
         *("from sys import exit as leave", "class Stop(SystemExit): ...", "quit()", "s.exit()"),
-        *("tyro.cli(Options)", "parser.parse_args()"),
+        *(
+            "import tyro\ntyro.cli(Options)",
+            "import tyro as t\nt.cli(Options)",
+            "parser.parse_args()",
+            "os.execv('x', [])",
+        ),
     ],
 )
 def test_each_way_to_end_the_program_is_seen(given: str) -> None:
@@ -205,6 +233,7 @@ def test_to_catch_an_exit_is_to_end_nothing() -> None:
     [
         *("import rcl_fast", "import rcl_fast.train.run", "from rcl_fast import train", "from . import tiles"),
         *("from train.options import Config", "import bench.rows", "find_spec('rcl_fast.train.run')"),
+        *("import pkgutil", "exec('import jobs')", "sys.modules['x']", "f('rcl_fast.train.run:main')"),
         *("from jobs import train", "import importlib", "from importlib import import_module", "__import__('jobs')"),
     ],
 )
@@ -258,7 +287,7 @@ def parameters(function: Function) -> int:
 
 def test_files_are_short() -> None:
     lengths = {str(path): len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in sources()}
-    assert {path: length for path, length in lengths.items() if length >= LONGEST_FILE} == LONG_FILES
+    assert not {path: length for path, length in lengths.items() if length >= LONGEST_FILE}
 
 
 def test_functions_are_short() -> None:
@@ -267,15 +296,12 @@ def test_functions_are_short() -> None:
 
 
 def test_functions_have_few_parameters() -> None:
-    counts = largest(
-        lambda node: 0 if is_kernel(node) or is_operator(node) or node.name == "__init__" else parameters(node)
-    )
+    counts = largest(lambda node: 0 if is_kernel(node) or is_operator(node) else parameters(node))
     assert {name: count for name, count in counts.items() if count > MOST_PARAMETERS} == MANY_PARAMETERS
 
 
 def test_the_readme_is_short() -> None:
-    length = len((ROOT / "README.md").read_text(encoding="utf-8").splitlines())
-    assert (length if length > LONGEST_README else None) == README_LINES, "the exception may only shrink"
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= LONGEST_README
 
 
 def test_contributing_has_the_rooms_in_this_order_and_about_their_lengths() -> None:

@@ -81,6 +81,16 @@ def test_targets_of_the_makefile_are_there(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_commands_can_be_pasted(document: Path) -> None:
+    """What is said of a command in its block stands behind a #."""
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```$", text_of(document), flags=re.MULTILINE | re.DOTALL))
+    commands = re.findall(
+        r"^(?:[A-Z0-9]+=\S+ )*(?:python|torchrun|bench/|make|bash|git) ?\S.*$", blocks, flags=re.MULTILINE
+    )
+    assert not [command for command in commands if re.search(r"\S {2,}[^#\s]", command.partition(" #")[0])]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_lines_of_prose_are_of_the_usual_length(document: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", text_of(document), flags=re.MULTILINE | re.DOTALL)
     assert not [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "    "))]
