@@ -93,7 +93,7 @@ class Call(NamedTuple):
         return ["--dry-run"] if self.dry_run else []
 
     def left(self) -> float:
-        """Seconds of the budget, without those that packing takes."""
+        """Returns the seconds that are left of the budget, without those that packing takes."""
         return self.ends - CLOSING_SECONDS - time.monotonic()
 
 
@@ -112,7 +112,7 @@ class Part(NamedTuple):
 
 
 def gate(call: Call) -> Commands:
-    """The tests of the loss and the kernels, compiled for this GPU."""
+    """Runs the tests of the loss and the kernels, compiled for this GPU."""
     if find_spec("pytest") is None or find_spec("hypothesis") is None:
         print("no pytest and hypothesis here: the shipped configurations only", flush=True)
         if not call.dry_run:
@@ -122,13 +122,13 @@ def gate(call: Call) -> Commands:
 
 
 def captured(call: Call) -> Commands:
-    """The trainer's tests that need a GPU, whole steps in CUDA graphs and compiled views; tune's."""
+    """Runs the tests that need a GPU of the trainer (CUDA-graph steps, compiled views) and of bench/kernels/tune.py."""
     where = ["tests/train/loop/test_cuda_graph.py", "tests/bench/test_tune.py"]
     return (yield from tests(call, "captured", "-m", "gpu", *where))
 
 
 def tests(call: Call, name: str, *arguments: str) -> Commands:
-    """By pytest, on as many processes as there are cores, up to 16: real compilation takes most of the time."""
+    """Runs pytest on as many processes as there are cores, up to 16, as compilation takes most of the time."""
     report, log = call.scratch / f"{name}.xml", call.out / f"{name}.log"
     report.unlink(missing_ok=True)
     spread = ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
@@ -143,7 +143,7 @@ def tests(call: Call, name: str, *arguments: str) -> Commands:
 
 
 def verdict(status: str, report: Path) -> str:
-    """What a JUnit report says, after how its process ended."""
+    """Returns what a JUnit report says of the tests; `status` is how their process ended."""
     try:
         suites = ElementTree.parse(report).getroot().iter("testsuite")
         counts = [
@@ -161,13 +161,13 @@ def verdict(status: str, report: Path) -> str:
 
 
 def important_lines(log: Path) -> list[str]:
-    """Failures, errors, and the last line of a log of pytest."""
+    """Returns the failures, the errors and the last line of a log of pytest."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return [line[:300] for line in lines if line.startswith(("FAILED", "ERROR", "E  "))][:60] + lines[-1:]
 
 
 def shorten(log: Path) -> None:
-    """To the end of it."""
+    """Cuts a log that is larger than LARGEST_LOG down to its end."""
     content = log.read_bytes()
     if len(content) > LARGEST_LOG:
         log.write_bytes(b"(the beginning is left out)\n" + content[-LARGEST_LOG:])
@@ -180,25 +180,25 @@ def loss(call: Call, part: str, *arguments: str) -> Command:
 
 
 def speed(call: Call) -> Commands:
-    """Each backend and published code, a case after the other."""
+    """Times each backend and published code, case by case."""
     yield loss(call, "speed", "--seconds", "2")
     return None
 
 
 def largest(call: Call) -> Commands:
-    """A million anchors."""
+    """Times the loss at a million anchors."""
     yield loss(call, "speed", "--seconds", "2", "--case", "largest")
     return None
 
 
 def profile(call: Call) -> Commands:
-    """The time of each kernel."""
+    """Times each kernel of the loss."""
     yield loss(call, "profile")
     return None
 
 
 def memory(call: Call) -> Commands:
-    """What each backend takes."""
+    """Measures the memory that each backend takes."""
     yield loss(call, "memory")
     return None
 
@@ -212,7 +212,7 @@ def cifar_runs(call: Call, *arguments: str, keep: Path | None = None) -> Command
 
 
 def cifar1(call: Call) -> Commands:
-    """One whole run of 200 epochs; where the graph fails, twenty epochs step by step tell the speed."""
+    """Trains once for 200 epochs; where the CUDA graph fails, 20 epochs step by step still tell the speed."""
     kept = call.scratch / "cifar1"
     shutil.rmtree(kept, ignore_errors=True)
     status = yield cifar_runs(call, "--ways", "graph", "--seeds", "1", keep=kept)
@@ -228,7 +228,7 @@ def cifar1(call: Call) -> Commands:
 
 
 def cifar(call: Call) -> Commands:
-    """The ways to take steps against each other, then several runs at once."""
+    """Times the ways to take a step against each other, then several runs at once, then the training step alone."""
     yield cifar_runs(call, "--ways", "plain", "graph", "graph_compiled", "--seeds", "1", "--epochs", "5")
     yield cifar_runs(call, "--ways", "graph_compiled", "--seeds", "1", "--epochs", "20", "--at-once", "1", "3", "6")
     steps = ["--arch", "resnet32", "--rounds", "3", "--workers", str(os.cpu_count())]
@@ -237,7 +237,7 @@ def cifar(call: Call) -> Commands:
 
 
 def reproduced(table: str, dataset: str) -> Callable[[Call], Commands]:
-    """A table of the paper on one data set, as far as it comes: its rows, and the runs under way, go back."""
+    """Returns the part that runs a table of the paper, as far as time allows, and writes its rows and runs to OUT."""
 
     def commands(call: Call) -> Commands:
         folder = call.scratch / "runs"
@@ -268,7 +268,7 @@ def reproduced(table: str, dataset: str) -> Callable[[Call], Commands]:
 
 
 def bring_runs(call: Call, folder: Path) -> None:
-    """Rows and runs of earlier calls, where this machine has not gone on with them already."""
+    """Copies rows and unpacks runs of earlier calls into `folder`; runs that are already there stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     came_back = call.inputs.get("RUNS")
     for file in sorted(came_back.iterdir()) if came_back else []:
@@ -282,12 +282,12 @@ def bring_runs(call: Call, folder: Path) -> None:
 
 
 def has_keys(file: Path) -> bool:
-    """Whether its rows are those of a table."""
+    """Returns whether every row of a file has a key, as the rows of a table do."""
     return all("key" in row for row in rows.read(file))
 
 
 def give_back_rows(call: Call, table: str) -> None:
-    """The rows of a table, each with what the others say of this call; those of an earlier call have it already."""
+    """Writes a table's rows to OUT, each with a description of this call; a row of an earlier call keeps its own."""
     about = {**rows.describe(), "jobs_per_device": jobs_per_device(), **({"dry_run": True} if call.dry_run else {})}
     for file in (call.scratch / "tables").glob(f"{table}*.jsonl"):  # the name says what is not the paper's
         lines = [json.dumps({**about, **row}) + "\n" for row in rows.read(file)]
@@ -299,7 +299,7 @@ def jobs_per_device() -> int:
 
 
 def pack_runs(folder: Path, out: Path) -> None:
-    """What finished runs gave, then the runs under way, the furthest first, as many as are small enough to go back."""
+    """Packs finished runs, then unfinished ones, the furthest first; prints the names of those that do not fit."""
     room, files, left_out = LARGEST_FILE, [], []
     for run in sorted(folder.glob("*/metrics.jsonl"), key=progress, reverse=True):
         of_run = [file for file in sorted(run.parent.iterdir()) if is_read_again(file, is_finished(run.parent))]
@@ -318,7 +318,7 @@ def pack_runs(folder: Path, out: Path) -> None:
 
 
 def progress(curve: Path) -> tuple[bool, int]:
-    """Whether a run has finished, and its epochs."""
+    """Returns whether a run has finished, and how many epochs it has."""
     return is_finished(curve.parent), curve.read_bytes().count(b"\n")
 
 
@@ -329,13 +329,13 @@ def is_finished(run: Path) -> bool:
 
 
 def is_read_again(file: Path, finished: bool) -> bool:
-    """Of a finished run its figures; of another one what it goes on from: whole epochs."""
+    """Returns whether a later call reads this file: the figures of any run, the checkpoints of an unfinished one."""
     kept = ("config.json", "metrics.json", "metrics.jsonl", "status.json", "provenance.json", "output.log")
     return file.name in kept or (not finished and file.name in ("last.pt", "best.pt"))
 
 
 def tune(call: Call) -> Commands:
-    """Tiles by time for the entries of the large cases, and these before and after."""
+    """Chooses tiles by time for the entries of the large cases, and times these cases before and after."""
     cases = ["--seconds", "2", "--variant", "triton", "--case", "large, narrow", "--case", "large, wide"]
     yield loss(call, "speed", *cases)
     before = (ROOT / "kernels" / "block_size_table.py").read_bytes()
@@ -354,7 +354,7 @@ def tune(call: Call) -> Commands:
 
 
 def data(call: Call) -> Commands:
-    """The loaders alone, then the trainer with what they bring and with noise."""
+    """Times the loaders alone, then the trainer with their images and with noise."""
     sources = flags(call, {"CIFAR100": "--cifar", "JPEGS": "--jpegs"})
     for what in ([], ["--train"]):
         more = ["--workers", str(os.cpu_count()), "--output", str(call.out / "data.jsonl")]
@@ -363,7 +363,7 @@ def data(call: Call) -> Commands:
 
 
 def step(call: Call) -> Commands:
-    """The paper's main job beside a plain loop of BCL's kind, at a batch that every variant holds."""
+    """Times the paper's main training beside a plain loop of BCL's kind, at a batch size that every variant holds."""
     source = flags(call, {"JPEGS": "--data"})
     setting = ["--batch-size", "128", "--rounds", "3", "--steps", "5", "--workers", str(os.cpu_count())]
     yield module("bench.training.step", *source, *setting, "--output", str(call.out / "step.jsonl"), *call.dry)
@@ -371,7 +371,7 @@ def step(call: Call) -> Commands:
 
 
 def dali(call: Call) -> Commands:
-    """DALI's views on the GPU, against those of torchvision."""
+    """Tests DALI's views on the GPU against those of the device loader."""
     wheels = sorted(map(str, call.inputs["DALI"].glob("*.whl"))) if "DALI" in call.inputs else []
     if wheels:
         how = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
@@ -382,12 +382,12 @@ def dali(call: Call) -> Commands:
 
 
 def flags(call: Call, names: dict[str, str]) -> list[str]:
-    """The options that say where inputs are, of those that are there."""
+    """Returns the options that name the inputs, for those inputs that are there."""
     return [text for name, flag in names.items() if name in call.inputs for text in (flag, str(path_of(call, name)))]
 
 
 def path_of(call: Call, name: str) -> Path:
-    """Where an input is; what bench/pack.py packed is unpacked once."""
+    """Returns the path of an input; a file of bench/pack.py is unpacked first, once."""
     given = call.inputs[name]
     if given.suffix != ".tar":
         return given
@@ -425,7 +425,7 @@ PARTS = {
 
 
 def run_part(name: str, call: Call) -> rows.Row:
-    """The row of a part, once it has ended in whatever way."""
+    """Runs a part and returns its row, however the part ended."""
     part = PARTS[name]
     limit = min(part.seconds, call.left())
     row: rows.Row = {"part": name, "limit_seconds": round(max(0, limit)), "seconds": 0.0}
@@ -447,7 +447,7 @@ def run_part(name: str, call: Call) -> rows.Row:
 
 
 def follow(commands: Commands, ends: float) -> str:
-    """Run a part's commands; its own word on what became of it, or the first that was not good."""
+    """Runs a part's commands; returns the part's own verdict, or else the first status that is not PASSED."""
     statuses: list[str] = []
     try:
         command = next(commands)
@@ -460,7 +460,7 @@ def follow(commands: Commands, ends: float) -> str:
 
 
 def run(command: Command, seconds: float) -> str:
-    """Run a process for so many seconds at most; what became of it. Nothing that it started is left."""
+    """Runs a process for so many seconds at most and returns its status; nothing that it started is left running."""
     if seconds < FEWEST_SECONDS:
         return "late: no time was left for its last steps"
     mark = uuid4().hex
@@ -495,7 +495,7 @@ def ask_to_end(process: subprocess.Popen[bytes], command: Command) -> None:
 
 
 def kill_all(mark: str) -> None:
-    """Every process with this in its environment: a table's runs are in sessions of their own."""
+    """Kills every process with `mark` in its environment: a table's runs are in sessions of their own."""
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
             if mark.encode() in environment.read_bytes():
@@ -503,7 +503,7 @@ def kill_all(mark: str) -> None:
 
 
 def unpack_caches(call: Call) -> None:
-    """Compilers' caches lie in SCRATCH; they start with what an earlier call compiled."""
+    """Moves the compilers' caches to SCRATCH, and fills them with what an earlier call compiled."""
     caches = call.scratch / "caches"
     os.environ["TRITON_CACHE_DIR"], os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
         str(caches / name) for name in ("triton", "inductor")
@@ -518,7 +518,7 @@ def unpack_caches(call: Call) -> None:
 
 
 def pack_caches(call: Call) -> None:
-    """Triton's and Inductor's, of kernels what a launch reads; Triton's alone where both are too large to go back."""
+    """Packs what launches read of Triton's and Inductor's caches; Triton's alone where both are too large."""
     target = call.out / "caches.tar.xz"
     for names in (("triton", "inductor"), ("triton",)):
         with tarfile.open(target, "w:xz", preset=1) as archive:
@@ -535,7 +535,7 @@ def without_steps_of_compilation(member: tarfile.TarInfo) -> tarfile.TarInfo | N
 
 
 def keep_small(file: Path) -> None:
-    """A file that is too large to go back would be left out without a word."""
+    """Deletes a file that is too large to go back, and prints that it is left out."""
     size = file.stat().st_size
     if size > LARGEST_FILE:
         print(
@@ -544,25 +544,25 @@ def keep_small(file: Path) -> None:
         file.unlink()
 
 
-def say_verdicts(call: Call, said: dict[str, str]) -> None:
-    """What the tests said, for every row from here on, and for the next call on this machine."""
-    os.environ["RCL_GATE"] = "; ".join(f"{test} {said[test]}" for test in TESTS if test in said)
+def record_verdicts(call: Call, test_verdicts: dict[str, str]) -> None:
+    """Records the verdicts of the tests for every row from here on, and for the next call on this machine."""
+    os.environ["RCL_GATE"] = "; ".join(f"{test} {test_verdicts[test]}" for test in TESTS if test in test_verdicts)
     if not call.dry_run:
-        kept = {"commit": rows.describe()["commit"], **said}
+        kept = {"commit": rows.describe()["commit"], **test_verdicts}
         (call.scratch / "verdicts.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
 def verdicts(call: Call) -> dict[str, str]:
-    """By test, what it said of this commit in an earlier call on this machine."""
+    """Returns the verdict of each test on this commit, from an earlier call on this machine."""
     file = call.scratch / "verdicts.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if kept.pop("commit", None) != rows.describe()["commit"]:
         return {}
-    return {test: f"{said.removesuffix(EARLIER)}{EARLIER}" for test, said in kept.items()}
+    return {test: f"{status.removesuffix(EARLIER)}{EARLIER}" for test, status in kept.items()}
 
 
 def inputs() -> dict[str, Path]:
-    """Those that are there; raises SystemExit with each that is named and is not."""
+    """Returns the inputs that are there; raises SystemExit with each that is named and is not there."""
     travel = os.environ.get("TRAVEL")
     found, missing = {}, []
     if travel and not Path(travel).is_dir():
@@ -611,9 +611,9 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # what is under way ends, and what it gave goes back
         signal.signal(number, signal.default_int_handler)
     unpack_caches(call)
-    said = verdicts(call)
-    if said:
-        say_verdicts(call, said)
+    test_verdicts = verdicts(call)
+    if test_verdicts:
+        record_verdicts(call, test_verdicts)
     print(f"{'+'.join(options.parts)} within {options.budget:.0f} s; rows and logs in {call.out}", flush=True)
     statuses: dict[str, str] = {}
     for name in options.parts:
@@ -621,8 +621,8 @@ def main(arguments: list[str]) -> int:
         print(f"== {name}: {row['status']} ({row['seconds']} s)", flush=True)
         statuses[name] = row["status"]
         if name in TESTS:
-            said[name] = row["status"]
-            say_verdicts(call, said)
+            test_verdicts[name] = row["status"]
+            record_verdicts(call, test_verdicts)
         rows.append(call.out / "parts.jsonl", [row], call.dry_run)
         if STOPPED in row["status"]:
             break

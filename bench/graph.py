@@ -30,7 +30,7 @@ class Graph:
         self.time()
 
     def time(self) -> float:
-        """Seconds a call, without the host's work."""
+        """Replays the graph; returns the seconds a call, without the host's work."""
         self.began.record()
         self.graph.replay()
         self.ended.record()

@@ -40,7 +40,7 @@ WEBP = {"lossless": True, "exact": True, "quality": 80, "method": 6}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; raises SystemExit with what went wrong."""
+    """Runs the command line; raises SystemExit with what went wrong."""
     options = parser().parse_args(arguments)
     try:
         if options.command == "pack":
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def pack(dataset: str, data: Path, imbalance: float, output: Path) -> str:
-    """Write `output`; returns a line on it. Raises FileNotFoundError and ValueError as the trainer does for `data`."""
+    """Writes `output`; returns a line on it. Raises FileNotFoundError and ValueError as the trainer does for `data`."""
     from rcl_fast.train.data.cifar import cifar_lt  # here, so that `unpack` does without the trainer
 
     published = cifar_lt(dataset, data, imbalance, "exponential")
@@ -103,7 +103,7 @@ def pack(dataset: str, data: Path, imbalance: float, output: Path) -> str:
 
 
 def unpack(packed: Path, folder: Path) -> str:
-    """Write the npz file; returns a line on it. Raises ValueError where `packed` is damaged, cut short or another's."""
+    """Writes the npz file; returns a line on it. Raises ValueError where `packed` is damaged, cut short or foreign."""
     try:
         dataset, arrays = unpacked(read(packed))
     except ValueError as error:
@@ -118,7 +118,7 @@ def unpack(packed: Path, folder: Path) -> str:
 
 
 def unpacked(members: dict[str, bytes]) -> tuple[str, dict[str, NDArray[Any]]]:
-    """The data set's name and its arrays, all five; raises ValueError naming what is missing or differs."""
+    """Returns the data set's name and its five arrays; raises ValueError naming what is missing or differs."""
     index = read_index(members)
     names = {part: sheet_names(part, len(index.arrays[f"{part}_labels"])) for part in PARTS}
     missing = [name for part in PARTS for name in names[part] if name not in members]
@@ -174,7 +174,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def read(packed: Path) -> dict[str, bytes]:
-    """The members of a tar file by name, those before its end where it is cut short; none of another file."""
+    """Returns a tar file's members by name: those before its end where it is cut short, none of another file."""
     members = {}
     with suppress(tarfile.ReadError), tarfile.open(packed, "r:") as archive:  # what is missing is named later
         for member in archive:
@@ -188,14 +188,14 @@ def sheet_names(part: str, images: int) -> list[str]:
 
 
 def encode(images: NDArray[np.uint8]) -> bytes:
-    """Images, uint8 [n, 32, 32, 3], as one WebP file."""
+    """Returns images, uint8 [n, 32, 32, 3], as one WebP file."""
     content = io.BytesIO()
     Image.fromarray(images.reshape(-1, SIDE, 3)).save(content, "WEBP", **WEBP)
     return content.getvalue()
 
 
 def decode(name: str, content: bytes) -> NDArray[np.uint8]:
-    """The images, uint8 [n, 32, 32, 3], of sheet `name`; raises ValueError where it is damaged."""
+    """Returns the images, uint8 [n, 32, 32, 3], of sheet `name`; raises ValueError where it is damaged."""
     try:
         with Image.open(io.BytesIO(content), formats=["WEBP"]) as sheet:
             if sheet.width != SIDE or sheet.height > SHEET * SIDE:
@@ -214,7 +214,7 @@ def sizes(arrays: dict[str, NDArray[Any]]) -> str:
 
 
 def watched(sheets: Iterable[bytes], total: int) -> Iterable[bytes]:
-    """The same sheets, with a progress bar while they come, where rich is installed."""
+    """Returns the same sheets, with a progress bar while they come, where rich is installed."""
     try:
         from rich.console import Console
         from rich.progress import track

@@ -28,13 +28,13 @@ REQUIRED = ("date", "commit", "cpu", "gpu", "python", "torch", "triton", "gate")
 
 
 def describe() -> Row:
-    """Machine, driver, versions, commit, and what the tests said on this machine before."""
+    """Returns machine, driver, versions, commit, and what the tests said on this machine before."""
     gate = os.environ.get("RCL_GATE", "not run here")
     return {**provenance.describe(), "cuda": torch.version.cuda, "triton": _triton(), **_driver(), "gate": gate}
 
 
 def append(file: Path | None, rows: Iterable[Mapping[str, Any]], dry_run: bool = False) -> None:
-    """Add rows to a file, at once, for what comes next may be stopped; None: keep none. A dry run's say so."""
+    """Adds rows to a file, at once, as what comes next may be stopped; None keeps none. Rows of a dry run say so."""
     if file is None:
         return
     about = {**describe(), **({"dry_run": True} if dry_run else {})}
@@ -43,18 +43,18 @@ def append(file: Path | None, rows: Iterable[Mapping[str, Any]], dry_run: bool =
 
 
 def read(file: Path) -> list[Row]:
-    """Raises ValueError for a line that is no JSON."""
+    """Returns the rows of a file; raises ValueError for a line that is not JSON."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The median of a figure under its name, and where a fifth lies below and above, as NAME_p20 and NAME_p80."""
+    """Returns the median of a figure as NAME, and its 20th and 80th percentiles as NAME_p20 and NAME_p80."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return {name: statistics.median(values), f"{name}_p20": fifths[0], f"{name}_p80": fifths[3]}
 
 
 def problems(file: Path) -> Iterator[str]:
-    """What is wrong with a file of rows, a line each."""
+    """Gives what is wrong with a file of rows, a line each."""
     lines = file.read_text(encoding="utf-8").splitlines()
     if not lines:
         yield f"{file}: no rows"
@@ -84,7 +84,7 @@ def _triton() -> str:
 
 @cache
 def _driver() -> Row:
-    """Of the first NVIDIA GPU; nothing without one."""
+    """Returns driver, clock and power limit of the first NVIDIA GPU; nothing without one."""
     if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]

@@ -39,7 +39,7 @@ CASES = {
 
 @dataclass
 class Options:
-    """How much of it."""
+    """How much to measure."""
 
     rounds: int = 7
     """Starts of each case."""
@@ -66,7 +66,7 @@ def main(options: Options) -> None:
 
 
 def cpu_seconds(case: str) -> float:
-    """User and system time of one start."""
+    """Starts a case once; returns its user and system time in seconds."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before = os.times()
     subprocess.run([sys.executable, *CASES[case]], cwd=ROOT, env=environment, capture_output=True, check=False)

@@ -16,7 +16,7 @@ from rcl_fast.train.options import ViewOptions
 
 
 def epoch(spec: LoaderSpec, device: torch.device, number: int) -> int:
-    """Make the views of every image of an epoch; returns how many images there were."""
+    """Makes the views of every image of an epoch; returns how many images there were."""
     classifier, contrastive = views(spec.options)
     images = torch.from_numpy(spec.samples.images).to(device).permute(0, 3, 1, 2)
     made = 0
@@ -30,7 +30,10 @@ def epoch(spec: LoaderSpec, device: torch.device, number: int) -> int:
 
 
 def views(options: ViewOptions) -> tuple[K.AugmentationSequential, K.AugmentationSequential]:
-    """x1, and x2 or x3: float [B, 3, 32, 32] in 0 to 1 -> the same, augmented and normalised."""
+    """Returns the augmentations of x1, and of x2 or x3.
+
+    Each maps float [B, 3, 32, 32] in 0 to 1 to the same shape, augmented and normalised.
+    """
     side = (options.image_size, options.image_size)
     normalize = K.Normalize(Tensor(options.mean), Tensor(options.std))
     area = (options.cutout / options.image_size) ** 2

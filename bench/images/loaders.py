@@ -108,7 +108,7 @@ def cases(options: Options, folder: Path) -> Iterator[Case]:
 
 
 def repeated(samples: Samples, count: int) -> Samples:
-    """So many, again and again where they are fewer, in no order: published sets are sorted by class."""
+    """Returns `count` samples in random order, repeated where they are fewer: published sets are sorted by class."""
     order = np.random.default_rng(0).permutation(len(samples))
     taken = subset(samples, order[np.arange(count) % len(samples)])
     _, labels = np.unique(taken.labels, return_inverse=True)  # few of them may lack a class
@@ -116,7 +116,7 @@ def repeated(samples: Samples, count: int) -> Samples:
 
 
 def made_up(folder: Path, count: int = 32) -> list[str]:
-    """JPEGs as large as ImageNet's usual ones, about as hard to decode: soft noise."""
+    """Writes JPEGs of soft noise, as large and about as hard to decode as ImageNet's; returns their paths."""
     make = np.random.default_rng(0)
     for number in range(count):
         noise = Image.fromarray(make.integers(0, 256, (47, 63, 3), np.uint8))
@@ -132,7 +132,7 @@ def spec(case: Case) -> LoaderSpec:
 
 
 def loaders(case: Case, options: Options) -> dict[str, Loader]:
-    """Every loader that brings these images, on every device there is."""
+    """Returns every loader that brings these images, by name, on every device there is."""
     what = spec(case)
     devices = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     found = {"torchvision, CPU": make_loader("torchvision", what, device=CPU, workers=options.workers)}
@@ -167,7 +167,7 @@ def loader_rows(case: Case, options: Options) -> list[dict[str, Any]]:
 
 
 def drain(loader: Loader, epoch: int) -> int:
-    """Images of a whole epoch."""
+    """Reads a whole epoch; returns how many images it had."""
     images = sum(len(batch.labels) for batch in loader.epoch(epoch))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -175,7 +175,7 @@ def drain(loader: Loader, epoch: int) -> int:
 
 
 def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
-    """The same network and step on each loader's images and on noise."""
+    """Trains the same network on each loader's images and on noise; returns a row for each of these sources."""
     arch = "resnet32" if case.name.startswith("CIFAR") else options.arch
     config = parse(["--dataset", case.recipe.data.dataset, "--arch", arch, "--batch-size", str(case.batch_size)])
     on = choose_runtime(config.run)
@@ -208,7 +208,7 @@ def trainer_rows(case: Case, options: Options) -> list[dict[str, Any]]:
 
 
 def an_epoch(training: Training, loader: Loader, step: Step | None = None) -> dict[str, float]:
-    """A whole one, whatever was trained before."""
+    """Trains a whole epoch, whatever was trained before; returns its figures."""
     training.progress = None
     return engine.train_epoch(training, loader, Silent(), step=step)
 

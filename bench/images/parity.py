@@ -4,7 +4,8 @@
 
 One pass over the training images with each loader, without training: the network's cross-entropy and accuracy on every
 view, as it classifies them in evaluation. Between two loaders the mean cross-entropies differ by their standard errors
-if their views are drawn alike; a training run's accuracy, with its seeds, shows much larger differences only.
+if the random parameters of their views are sampled alike; a training run's accuracy, with its seeds, shows much larger
+differences only.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main(options: Options) -> None:
 
 @torch.no_grad()
 def seen(training: Training, splits: Any, loader: str, epoch: int) -> list[dict[str, Any]]:
-    """A row a view: cross-entropy with its standard error, and accuracy."""
+    """Returns a row for each view: cross-entropy with its standard error, and accuracy."""
     config = training.config
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, loader=loader))
     losses: dict[str, list[torch.Tensor]] = {}
@@ -89,7 +90,7 @@ def seen(training: Training, splits: Any, loader: str, epoch: int) -> list[dict[
 
 
 def table(rows: list[dict[str, Any]], reference: str) -> list[str]:
-    """Markdown, with the difference from the reference loader in standard errors of it."""
+    """Returns a Markdown table; differences from the reference loader are in units of their standard error."""
     lines = ["| view | loader | cross-entropy | difference / its standard error | accuracy |", "|---" * 5 + "|"]
     for row in sorted(rows, key=lambda row: row["view"]):
         other = next(r for r in rows if r["loader"] == reference and r["view"] == row["view"])

@@ -3,7 +3,7 @@
     python -m bench.images.sheet --data DIR --output sheet.png    JPEGs below class folders, ImageNet-LT's recipe
     python -m bench.images.sheet --dataset cifar100_lt --data DIR --output sheet.png
 
-DALI and the device loader carry out the same draws, so their columns should be twins; torchvision draws its own.
+DALI and the device loader share their random parameters, so their columns should be twins; torchvision samples its own.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def samples(options: Options) -> Samples:
 
 
 def made(spec: LoaderSpec) -> dict[str, Batch]:
-    """One batch of each loader that brings these images."""
+    """Returns one batch of each loader that brings these images, by the loader's name."""
     names = ["torchvision", "dali", *(["device"] if isinstance(spec.samples.images, np.ndarray) else [])]
     cpu = torch.device("cpu")
     return {name: next(iter(make_loader(name, spec, device=cpu, workers=0).epoch(0))) for name in names}
@@ -86,7 +86,7 @@ def draw(picked: Samples, batches: dict[str, Batch], views: ViewOptions) -> plt.
 
 
 def shown(image: Tensor, views: ViewOptions) -> np.ndarray:
-    """A normalised image [3, S, S] as [S, S, 3] in 0 to 1."""
+    """Returns a normalised image [3, S, S] as [S, S, 3] in 0 to 1."""
     mean, std = (torch.tensor(value)[:, None, None] for value in (views.mean, views.std))
     return (image.cpu().float() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 

@@ -33,13 +33,13 @@ class Case(NamedTuple):
 
     @property
     def operations(self) -> int:
-        """Of the matrix products that the algorithm needs: 2·N·M·D forward, 4·N·M·D and 4·C·N·D backward."""
+        """Returns the operations of the products that are needed: 2·N·M·D forward, 4·N·M·D and 4·C·N·D backward."""
         N, C, D = self.anchors, self.classes, self.dimensions
         return 6 * N * (N + C) * D + 4 * C * N * D
 
     @property
     def matrix_bytes(self) -> int:
-        """One float32 matrix of all similarities."""
+        """Returns the bytes of one float32 matrix of all similarities."""
         return 4 * self.anchors * (self.anchors + self.classes)
 
 
@@ -64,7 +64,7 @@ def draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) ->
 
 
 def ours(backend: str, **options: Any) -> Loss:
-    """The public function, as a training loop calls it; `options` are others of its."""
+    """Returns the public function, as a training loop calls it; `options` are further arguments of it."""
 
     def loss(inputs: Inputs) -> Tensor:
         features, labels, prototypes = inputs
@@ -82,12 +82,12 @@ def ours(backend: str, **options: Any) -> Loss:
 
 
 def available_backends(device: torch.device) -> tuple[str, ...]:
-    """What the machine runs, the fastest first; the float64 reference is for tests."""
+    """Returns the backends that the machine runs, the fastest first; the float64 reference is for tests."""
     return ("triton", "tiled", "dense") if device.type == "cuda" else ("tiled", "dense")
 
 
 def published_bcl(path: Path, classes: int) -> Loss:
-    """BCL's BalSCL, which wants views [B, 2, D] and unit rows."""
+    """Returns BCL's BalSCL, which wants views [B, 2, D] and unit rows."""
     mended = path.read_text(encoding="utf-8").replace(
         "torch.eye(len(self.cls_num_list))[", "torch.eye(len(self.cls_num_list), device=device)["
     )
@@ -103,7 +103,7 @@ def published_bcl(path: Path, classes: int) -> Loss:
 
 
 def supcontrast(path: Path) -> Loss:
-    """SupContrast's SupConLoss: no prototypes."""
+    """Returns SupContrast's SupConLoss, which has no prototypes."""
     module = _module("published_supcontrast", path, path.read_text(encoding="utf-8"))
     criterion = module.SupConLoss(temperature=TEMPERATURE, base_temperature=TEMPERATURE)
 
@@ -114,7 +114,7 @@ def supcontrast(path: Path) -> Loss:
 
 
 def metric_learning() -> Loss:
-    """pytorch-metric-learning's SupConLoss: no prototypes; it normalises."""
+    """Returns pytorch-metric-learning's SupConLoss, which has no prototypes and normalises by itself."""
     from pytorch_metric_learning.losses import SupConLoss
 
     criterion = SupConLoss(temperature=TEMPERATURE)
@@ -128,7 +128,7 @@ def _module(name: str, path: Path, text: str) -> ModuleType:
 
 
 def run(loss: Loss, inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Forward and backward pass: the gradients of features and prototypes (None: the loss has none)."""
+    """Runs forward and backward; returns the gradients of features and prototypes (None: the loss has none)."""
     return torch.autograd.grad(loss(inputs), (inputs.features, inputs.prototypes), allow_unused=True)
 
 

@@ -67,7 +67,7 @@ def main(options: Options) -> None:
 
 
 def variants(case: Case, peer: Path | None) -> dict[str, Callable[[Inputs], Any]]:
-    """Each runs forward and backward once."""
+    """Returns functions by name; each runs forward and backward once."""
     found: dict[str, Loss] = {}
     if peer is not None:
         found["published"] = published_bcl(peer, case.classes)
@@ -79,13 +79,13 @@ def variants(case: Case, peer: Path | None) -> dict[str, Callable[[Inputs], Any]
 
 
 def ours_per_anchor(backend: str) -> Loss:
-    """Through reduction="none", whose grad_output is not known before backward."""
+    """Returns our loss through reduction="none", whose grad_output is not known before backward."""
     losses = ours(backend, reduction="none")
     return lambda inputs: losses(inputs).mean()
 
 
 def three_products(inputs: Inputs) -> None:
-    """The limit of any way that computes each similarity once: one matrix product forward, two backward."""
+    """Runs the limit of any way that computes each similarity once: one matrix product forward, two backward."""
     anchors = inputs.features.detach()
     keys = torch.cat([anchors, inputs.prototypes.detach()])
     similarities = anchors @ keys.T
@@ -118,7 +118,7 @@ def measure(case: Case, options: Options) -> list[dict[str, Any]]:
 
 
 def agree(inputs: Inputs, runs: dict[str, Callable[[Inputs], Any]]) -> None:
-    """No figure from a wrong result: every variant's gradients equal dense's."""
+    """Raises SystemExit where a variant's gradients are not dense's: no figure comes from a wrong result."""
     gradients = {name: runs[name](inputs) for name in runs.keys() - {"three products"}}
     for name, pair in gradients.items():
         for found, expected in zip(pair, gradients["dense"], strict=True):
@@ -128,13 +128,13 @@ def agree(inputs: Inputs, runs: dict[str, Callable[[Inputs], Any]]) -> None:
 
 
 def peak_increase_alone(variant: str, case: Case, options: Options) -> float | None:
-    """In a fresh process, so that no variant profits from memory that another one freed."""
+    """Returns the peak increase in a fresh process, so that no variant profits from memory that another one freed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         return fresh.submit(peak_increase, variant, case, options).result()
 
 
 def peak_increase(variant: str, case: Case, options: Options) -> float | None:
-    """Megabytes by which the process's peak resident memory exceeds what it held before; None where not on Linux."""
+    """Returns the MB by which the process's peak memory exceeds what it held before; None where not on Linux."""
     torch.set_num_threads(options.threads)
     both_passes, inputs = variants(case, options.peer)[variant], draw(case, CPU, torch.float32)
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -71,7 +71,7 @@ def all_rows(inputs: Inputs) -> Tensor:
 
 
 def local_rows(inputs: Inputs) -> Tensor:
-    """Plain PyTorch: the n×M similarities of the local anchors."""
+    """Computes the loss in plain PyTorch, from the n×M similarities of the local anchors."""
     n, start = len(inputs.labels), distributed.get_rank() * len(inputs.labels)
     labels = gathered_labels(inputs.labels)
     keys = F.normalize(torch.cat([*all_gather(inputs.features), inputs.prototypes]), dim=1)
@@ -100,7 +100,7 @@ STEPS: dict[str, Step] = {
 
 
 def received(variant: str, case: Case, world: int, dtype: torch.dtype) -> int:
-    """Bytes that a process receives in a step."""
+    """Returns the bytes that a process receives in a step."""
     if variant == "ours":
         return (world - 1) * bytes_sent(case.anchors, case.dimensions, dtype)
     features = case.anchors * case.dimensions * dtype.itemsize
@@ -117,7 +117,7 @@ def main(options: Options) -> None:
 
 
 def measure(world: int, options: Options) -> list[dict[str, Any]]:
-    """One row a case and variant, of `world` processes on this machine."""
+    """Runs `world` processes on this machine; returns a row for each case and variant."""
     with tempfile.TemporaryDirectory() as folder:
         context = get_context("spawn")
         processes = [context.Process(target=work, args=(rank, world, folder, options)) for rank in range(world)]
@@ -168,7 +168,7 @@ def work(rank: int, world: int, folder: str, options: Options) -> None:
 
 
 def check(inputs: Inputs) -> None:
-    """No figure of a wrong gradient: all variants agree within what the dtype's rounding explains."""
+    """Raises AssertionError where gradients differ by more than rounding explains: no figure comes from a wrong one."""
     gradients = [gradient(step, inputs) for step in STEPS.values()]
     largest = gradients[0].abs().max()
     tolerance = 64 * torch.finfo(inputs.features.dtype).eps * largest
@@ -183,7 +183,7 @@ def gradient(step: Step, inputs: Inputs) -> Tensor:
 
 
 def rounds(inputs: Inputs, device: torch.device, count: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, until the slowest process is done."""
+    """Returns the seconds of each variant in each round, until the slowest process is done."""
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for number in range(count + 3):
         for name, step in STEPS.items():

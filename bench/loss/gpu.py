@@ -80,7 +80,10 @@ class Peers(NamedTuple):
 
 
 def variants(case: Case, peers: Peers, device: torch.device, only: Sequence[str] = ()) -> dict[str, Loss]:
-    """Ours first; the peers behind, as one that fails may leave the device in a bad state. only: of these names."""
+    """Returns the variants by name, ours first: a peer that fails may leave the device in a bad state.
+
+    only: names of the variants that are wanted; none: all.
+    """
     found = {backend: ours(backend) for backend in available_backends(device)}
     if device.type == "cuda" and case.anchors <= COMPILED_ANCHORS:
         found["dense, compiled"] = torch.compile(found["dense"], dynamic=False)
@@ -95,7 +98,7 @@ def variants(case: Case, peers: Peers, device: torch.device, only: Sequence[str]
 
 
 def is_feasible(variant: str, case: Case, device: torch.device) -> bool:
-    """Whether a variant fits: all but ours keep some eight N×M matrices; tiled recomputes without tensor cores."""
+    """Returns whether a variant fits: `tiled` by its time, others but `triton` by the memory of eight N×M matrices."""
     if variant == "triton" or device.type != "cuda":
         return True
     if variant == "tiled":
@@ -104,13 +107,15 @@ def is_feasible(variant: str, case: Case, device: torch.device) -> bool:
 
 
 class Errors(NamedTuple):
-    """Of a loss in a few float32 units of the largest logit 1/T, and the largest relative one of a gradient."""
+    """Error of a loss, in float32 units of the largest logit 1/T, and the largest relative error of a gradient."""
 
     loss_units: float
     gradient: float
 
     def are_rounding(self, dtype: torch.dtype) -> bool:
-        """Loss and gradient are sums of float32 terms: sixty-four units of either. A gradient's dlogits and result are
+        """Returns whether these errors are no more than rounding.
+
+        Loss and gradient are sums of float32 terms: sixty-four units of either. A gradient's dlogits and result are
         rounded to the dtype too, by half a unit each at most. A NaN is no rounding.
         """
         gradient = torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
@@ -118,7 +123,7 @@ class Errors(NamedTuple):
 
 
 def errors(loss: Loss, inputs: Inputs) -> Errors:
-    """Against `tiled` in float64 (float32 where the batch is very large)."""
+    """Returns a loss's errors against `tiled` in float64 (float32 where the batch is very large)."""
     dtype = torch.float64 if len(inputs.features) <= 2**15 else torch.float32
     exact = Inputs(
         inputs.features.detach().to(dtype).requires_grad_(),
@@ -135,14 +140,14 @@ def errors(loss: Loss, inputs: Inputs) -> Errors:
 
 
 def _gradients(total: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Raises RuntimeError where the loss has none of an input."""
+    """Returns the gradients of features and prototypes; raises RuntimeError where the loss has none of one."""
     return torch.autograd.grad(total, (inputs.features, inputs.prototypes))
 
 
 def check(name: str, loss: Loss, case: Case, inputs: Inputs) -> dict[str, float]:
-    """Our variants' errors; none for a peer, another loss or beyond the float32 oracle.
+    """Returns the errors of one of our variants; nothing for a peer, or where the case is too large for `tiled`.
 
-    Raises ArithmeticError where it is more than rounding.
+    Raises ArithmeticError where an error is more than rounding.
     """
     if name in OURS and case.operations < TILED_OPERATIONS:
         found = errors(loss, inputs)
@@ -155,7 +160,7 @@ def check(name: str, loss: Loss, case: Case, inputs: Inputs) -> dict[str, float]
 
 
 def input_sets(case: Case, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
-    """So many that no input is still in the L2 cache when its turn comes again."""
+    """Returns so many inputs that none is still in the L2 cache when its turn comes again."""
     first = draw(case, device, dtype)
     size = sum(tensor.nbytes for tensor in first)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else size
@@ -178,7 +183,7 @@ class Eager:
         self.calls = max(1, min(len(sets), int(ROUND_SECONDS / seconds)))
 
     def time(self) -> float:
-        """Seconds a call."""
+        """Calls the loss on the next input sets; returns the seconds a call."""
         synchronize(self.device)
         began = time.perf_counter()
         for _ in range(self.calls):
@@ -189,7 +194,7 @@ class Eager:
 
 
 def captured(loss: Loss, sets: list[Inputs], eager_seconds: float) -> Graph:
-    """A call on each of several input sets. Raises ArithmeticError where its gradients are not those of the call."""
+    """Captures a call on each of several input sets; raises ArithmeticError where gradients are not those of a call."""
     calls = max(1, min(len(sets), int(GRAPH_SECONDS / eager_seconds)))
     graph = Graph([partial(run, loss, inputs) for inputs in sets[:calls]])
     for found, expected in zip(graph.first, run(loss, sets[0]), strict=True):
@@ -199,7 +204,7 @@ def captured(loss: Loss, sets: list[Inputs], eager_seconds: float) -> Graph:
 
 
 def prepare(name: str, loss: Loss, case: Case, sets: list[Inputs], device: torch.device) -> Iterator[tuple[dict, Any]]:
-    """(what is known of it, what to time) in each regime; a variant that fails here is a row without a time."""
+    """Gives (what is known, what to time) in each regime; of a variant that fails, its error and nothing to time."""
     known: dict[str, Any] = {"variant": name, "regime": "eager"}
     try:
         known |= check(name, loss, case, sets[0])
@@ -226,7 +231,7 @@ def _first_line(error: Exception) -> str:
 def speed(
     case: Case, losses: dict[str, Loss], device: torch.device, dtype: torch.dtype, seconds: float, peak: float
 ) -> list[dict]:
-    """The rows of a case; `peak` in operations a second is the measured speed of matrix products alone."""
+    """Times a case and returns its rows; `peak` is the measured speed of products alone, in operations a second."""
     sets = input_sets(case, device, dtype)
     prepared = [pair for name, loss in losses.items() for pair in prepare(name, loss, case, sets, device)]
     timed = [(known, timer, []) for known, timer in prepared if timer is not None]
@@ -254,7 +259,7 @@ def speed(
 
 
 def tiles(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The tiles that the kernels take in a case: those of the anchors' passes."""
+    """Returns the tiles that the kernels take in a case: those of the anchors' passes."""
     from rcl_fast.kernels import block_sizes
 
     arch = block_sizes.architecture(device)
@@ -268,9 +273,9 @@ def tiles(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any
 
 
 def profile(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Each kernel of a call of the fastest backend, the longest first; on a CPU each operation.
+    """Gives a row for each kernel of a call of the fastest backend, the longest first; on a CPU for each operation.
 
-    The same inputs each time: what fits into the L2 cache is there.
+    The inputs are the same each time: what fits into the L2 cache is there.
     """
     inputs = draw(case, device, dtype)
     name = available_backends(device)[0]
@@ -297,7 +302,7 @@ def microseconds(seconds: list[float]) -> dict[str, float]:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """Operations a second of one large square product, the best of ten."""
+    """Returns the operations a second of one large square product, the best of ten."""
     size = size or (8192 if device.type == "cuda" else 256)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
@@ -311,7 +316,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int | None = N
 
 
 def empty_launch(device: torch.device) -> Iterator[dict[str, Any]]:
-    """A kernel that does next to nothing: what a launch costs from Python, and in a graph."""
+    """Times a kernel that does next to nothing; gives rows of what a launch costs from Python, and in a graph."""
     tiny = torch.zeros(1, device=device)
 
     def time_calls(calls: int) -> float:
@@ -332,7 +337,7 @@ def empty_launch(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def memory(case: Case, losses: dict[str, Loss], device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Peak increase over what is allocated before, in MB: of the forward pass, and of both."""
+    """Gives each variant's row: peak increase in MB over what is allocated before, of forward, and of both passes."""
     inputs = draw(case, device, dtype)
     base = sum(tensor.nbytes for tensor in inputs) + inputs.features.nbytes + inputs.prototypes.nbytes
     for name, loss in losses.items():
@@ -347,7 +352,7 @@ def memory(case: Case, losses: dict[str, Loss], device: torch.device, dtype: tor
 
 
 def peak_increases(loss: Loss, inputs: Inputs, device: torch.device) -> tuple[float | None, float | None]:
-    """Of the forward pass alone, and of forward and backward with the gradients; None without a GPU."""
+    """Returns the MB of the forward pass alone, and of both passes with the gradients; None without a GPU."""
     if device.type != "cuda":
         return None, None
     gc.collect()
@@ -429,7 +434,7 @@ HEADINGS = {
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in columns; how much faster than the published code, where that was measured."""
+    """Returns the rows as a table of text; with the speed over the published code's, where that was measured."""
     shown = {name: heading for name, heading in HEADINGS.items() if any(row.get(name) is not None for row in rows)}
     published = next((row.get("microseconds") for row in rows if row["variant"] == "BCL's BalSCL"), None)
     lines = [["variant", *shown.values(), *(["× published"] if published else [])]]

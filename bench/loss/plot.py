@@ -19,14 +19,14 @@ Row = dict[str, Any]
 
 
 def gpu_rows(files: list[Path]) -> list[Row]:
-    """The rows measured on a GPU; those of bench/loss/cpu.py come from a CPU."""
+    """Returns the rows of time and memory that were measured on a GPU, without those of dry runs."""
     lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     found = (row for row in map(json.loads, lines) if row.get("device") == "cuda" and not row.get("dry_run"))
     return [row for row in found if row.get("part") in ("speed", "memory")]
 
 
 def time_of(row: Row) -> float | None:
-    """Microseconds in a CUDA graph where there is one; the peers have none, so their eager time."""
+    """Returns the microseconds of a row of time, in a CUDA graph or eager; None for any other row."""
     return row.get("microseconds") if row["part"] == "speed" else None
 
 
@@ -35,7 +35,7 @@ def memory_of(row: Row) -> float | None:
 
 
 def bars(rows: list[Row], value_of: Callable[[Row], float | None], label: str, file: Path) -> bool:
-    """A group of bars a case, logarithmic; False where no row has the value."""
+    """Plots a group of bars for each case, on a logarithmic scale; returns False where no row has the value."""
     from matplotlib.figure import Figure
 
     values = {

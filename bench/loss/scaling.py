@@ -19,7 +19,7 @@ from rcl_fast.distributed import bytes_sent
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Of the network, the GPU and the batch."""
+    """Assumptions on the network, the GPU and the batch."""
 
     anchors: int = 512
     """Anchors of each GPU (256 images, two views)."""
@@ -42,7 +42,7 @@ class Assumptions:
 
 
 class Cost(NamedTuple):
-    """Of one step, on each GPU."""
+    """Cost of one step, on each GPU."""
 
     wire: float  # seconds
     products: float  # seconds
@@ -55,10 +55,10 @@ WAYS = ("ours", "gather with gradient, own rows", "gather with gradient, all row
 
 
 def gather_seconds(world: int, sent: float, a: Assumptions) -> float:
-    """Of a gather of `sent` bytes from each GPU, or a scatter of sums, whose cost is the same.
+    """Returns the seconds of a gather of `sent` bytes from each GPU, or a scatter of sums, whose cost is the same.
 
-    Log2 W messages one after another (what libraries take for small ones), and W − 1 times `sent` bytes past each GPU;
-    between nodes a GPU carries an eighth of what its node receives, and within it passes everything on.
+    Log2 W messages follow one another (as libraries send small ones), and W − 1 times `sent` bytes pass each GPU;
+    between nodes a GPU carries an eighth of what its node receives, and within its node it passes everything on.
     """
     local = min(world, a.gpus_per_node)
     nodes = world // local
@@ -68,7 +68,7 @@ def gather_seconds(world: int, sent: float, a: Assumptions) -> float:
 
 
 def cost(way: str, world: int, a: Assumptions) -> Cost:
-    """Of one step with bfloat16 features."""
+    """Returns the cost of one step with bfloat16 features."""
     n, N, D, C = a.anchors, a.anchors * world, a.dimensions, a.classes
     features = n * D * 2
     if way == "ours":
@@ -93,7 +93,7 @@ def main(a: Assumptions) -> None:
 
 
 def table(a: Assumptions) -> str:
-    """Milliseconds of wire and products, and megabytes received, of each way."""
+    """Returns a Markdown table: milliseconds of wire and products, and megabytes received, of each way."""
     lines = ["| GPUs | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 1) + "|"]
     for world in WORLDS:
         costs = [cost(way, world, a) for way in WAYS]

@@ -24,7 +24,7 @@ GPU_CASES = (TINY, *(case for case in CASES if case.anchors <= 16384))
 
 
 def pairs() -> Iterator[tuple[Case, str]]:
-    """The backends of a case follow each other, as near to interleaving as pytest-benchmark comes."""
+    """Gives the backends of a case one after the other, as near to interleaving as pytest-benchmark comes."""
     for case in GPU_CASES if DEVICE.type == "cuda" else CPU_CASES:
         for backend in (*available_backends(DEVICE), *(("reference",) if case == TINY else ())):
             yield case, backend

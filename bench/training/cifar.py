@@ -83,7 +83,7 @@ def main(options: Options) -> None:
 
 
 def groups(options: Options) -> list[list[int]]:
-    """The seeds that run together."""
+    """Returns the groups of seeds that run together."""
     first, found = options.first_seed, []
     for at_once in options.at_once:
         if at_once == 1:
@@ -94,7 +94,7 @@ def groups(options: Options) -> list[list[int]]:
 
 
 def measured(way: Way, seeds: list[int], options: Options, is_first: bool) -> dict[str, Any]:
-    """A run of each seed, all started together. Raises SystemExit where one fails."""
+    """Runs all seeds at the same time; returns their row. Raises SystemExit where one fails."""
     with tempfile.TemporaryDirectory() as temporary:
         together = f"-{len(seeds)}-at-once" if len(seeds) > 1 else ""
         folders = [(options.keep or Path(temporary)) / f"{way}-{seed}{together}" for seed in seeds]
@@ -127,7 +127,10 @@ def measured(way: Way, seeds: list[int], options: Options, is_first: bool) -> di
 
 
 def waited(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Their exit statuses. SIGTERM, which reaches them too, waits until they have saved themselves."""
+    """Waits for the processes; returns their exit statuses.
+
+    SIGTERM reaches them too: this process then waits until they have saved themselves.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return [process.wait() for process in processes]

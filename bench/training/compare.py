@@ -59,7 +59,7 @@ def main(options: Options) -> int:
 
 
 def table(options: Options) -> Table:
-    """A row for each loss with each loader."""
+    """Returns a table with a row for each loss with each loader."""
     where = {"dataset": options.dataset} | ({} if options.epochs is None else {"epochs": options.epochs})
     several = len(options.loaders) > 1
     rows = (

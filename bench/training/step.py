@@ -138,7 +138,7 @@ def main(options: Options) -> None:
 
 
 def build_case(options: Options, folder: Path) -> tuple[Case, Splits]:
-    """Images enough for a turn, and long-tailed classes: as many as the data set of that network has."""
+    """Makes images enough for a turn, in long-tailed classes: as many as the data set of that network has."""
     small = options.arch == "resnet32"
     base = recipe("cifar100_lt" if small else "imagenet_lt", "bcl_rcl")
     counts = np.geomspace(500, 5, 100).astype(int) if small else np.geomspace(1280, 5, 1000).astype(int)
@@ -179,7 +179,7 @@ def measure(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]
 
 
 def prepared(case: Case, splits: Splits, options: Options) -> tuple[list[Variant], list[dict[str, Any]]]:
-    """The variants, warm, and a row for each that does not fit in the GPU's memory. Raises SystemExit if none does."""
+    """Returns the variants, warm, and a row for each that is too large for the GPU; raises SystemExit if all are."""
     variants: list[Variant] = []
     too_large: list[dict[str, Any]] = []
     for loop, kinds in loops(case, splits, options):
@@ -198,7 +198,7 @@ def prepared(case: Case, splits: Splits, options: Options) -> tuple[list[Variant
 
 
 def loops(case: Case, splits: Splits, options: Options) -> Iterator[tuple[Loop, list[str]]]:
-    """Each with the images that it is measured on, noise first."""
+    """Gives each loop with the images that it is measured on, noise first."""
     plain = start(case, splits, options, "--precision", "fp32", "--no-channels-last", "--backend", "dense")
     device = plain.runtime.device
     yield Loop("plain loop", plain, plain_epoch, plain_switches(tf32=True)), [NOISE, "torchvision"]
@@ -219,14 +219,14 @@ def loops(case: Case, splits: Splits, options: Options) -> Iterator[tuple[Loop, 
 
 
 def start(case: Case, splits: Splits, options: Options, *arguments: str) -> Training:
-    """The data set's recipe; at a learning rate that keeps noise from diverging, which no step's time depends on."""
+    """Starts the data set's recipe at a learning rate at which noise does not diverge; no step's time depends on it."""
     dataset = case.recipe.data.dataset
     config = parse(["--dataset", dataset, "--arch", options.arch, "--lr", "0.0001", *arguments])
     return start_training(config, splits, choose_runtime(config.run))
 
 
 def graph_epoch() -> Callable[[Training, Loader], Any]:
-    """Whole steps of one loader, captured in the first; what only warms up on noise goes step by step."""
+    """Returns an epoch of CUDA-graph steps, captured at a loader's first; noise, which warms up, goes step by step."""
     steps: dict[Loader, GraphedStep] = {}
 
     def epoch(training: Training, loader: Loader) -> dict[str, float]:
@@ -239,7 +239,7 @@ def graph_epoch() -> Callable[[Training, Loader], Any]:
 
 
 def plain_epoch(training: Training, loader: Loader) -> None:
-    """As BCL's main.py trains, but for its copy of the views on the CPU, which would only cost it time."""
+    """Trains as BCL's main.py does, but for its copy of the views on the CPU, which would only cost it time."""
     training.model.train()
     for batch in loader.epoch(training.epoch):
         views, labels = on_device(training, batch)
@@ -297,7 +297,7 @@ def warm(loop: Loop, images: str, case: Case, options: Options) -> Variant:
 
 
 def peak_increase(loop: Loop, first: Loader) -> float | None:
-    """MB that a step takes beside the weights and the optimiser's state: activations and gradients."""
+    """Returns the MB that a step takes beside the weights and the optimiser's state: activations and gradients."""
     device = loop.training.runtime.device
     if device.type != "cuda":
         return None
@@ -317,7 +317,7 @@ def release(device: torch.device) -> None:
 
 
 def loss_alone(training: Training, batch: Batch) -> Callable[[], None]:
-    """The contrastive loss, forward and backward, on the embeddings and prototypes of a step."""
+    """Returns a call of the contrastive loss, forward and backward, on the embeddings and prototypes of a step."""
     contrastive = training.objective.contrastive
     assert contrastive is not None
     views, labels = on_device(training, batch)
@@ -334,7 +334,7 @@ def loss_alone(training: Training, batch: Batch) -> Callable[[], None]:
 
 
 def turn(variant: Variant, number: int) -> float:
-    """Seconds of an epoch, from the first request for a batch to the last update."""
+    """Runs an epoch; returns its seconds, from the first request for a batch to the last update."""
     loop, training = variant.loop, variant.loop.training
     device = training.runtime.device
     training.epoch = number
@@ -350,7 +350,7 @@ def turn(variant: Variant, number: int) -> float:
 
 
 def loss_seconds(variant: Variant) -> list[float]:
-    """Of each of several calls of the loss alone; one before is not counted."""
+    """Returns the seconds of each of several calls of the loss alone, after one that is not counted."""
     device = variant.loop.training.runtime.device
     taken = []
     for _ in range(1 + LOSS_CALLS):
@@ -383,13 +383,13 @@ def describe_variant(variant: Variant, rates: list[float], losses: list[float], 
 
 
 def peer_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The plain loop on the same kind of images, noise or a loader's; None where it did not fit."""
+    """Returns the plain loop's row on the same kind of images, noise or a loader's; None where it did not fit."""
     peers = (peer for peer in rows if peer["variant"].startswith("plain loop,"))
     return next((peer for peer in peers if (peer["images"] == NOISE) == (row["images"] == NOISE)), None)
 
 
 def limits(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]:
-    """What neither the operations nor the bytes of a step let any loop in our precision exceed."""
+    """Returns a row for the operations of a step and one for its bytes: no loop in our precision can exceed either."""
     config = parse(["--dataset", case.recipe.data.dataset, "--arch", options.arch, "--precision", options.precision])
     on = choose_runtime(config.run)
     release(on.device)
@@ -418,7 +418,7 @@ def limits(case: Case, splits: Splits, options: Options) -> list[dict[str, Any]]
 
 
 def counted(config: Config, num_classes: int, images: int = 4) -> tuple[float, float]:
-    """Of an image's three views: operations forward and backward, elements that convolutions put out."""
+    """Returns, of an image's three views: operations forward and backward, elements that convolutions put out."""
     operations: list[int] = []  # forward; PyTorch's own counter takes no account of groups in the backward pass
     outputs: list[int] = []
 
@@ -437,7 +437,7 @@ def counted(config: Config, num_classes: int, images: int = 4) -> tuple[float, f
 
 
 def measured_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large product or a 3×3 convolution, whichever is faster: on some CPUs the latter."""
+    """Returns the operations a second of a large product or a 3×3 convolution, the faster: on some CPUs the latter."""
     on_cpu = device.type == "cpu"
     images, channels, side = (32, 256, 14) if on_cpu else (256, 256, 56)
     inputs = torch.randn(images, channels, side, side, device=device, dtype=dtype)
@@ -449,14 +449,14 @@ def measured_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy larger than any cache."""
+    """Returns the bytes a second, read and written, of a copy larger than any cache."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
 
 
 def best_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of ten calls."""
+    """Returns the seconds of the shortest of ten calls."""
     best = math.inf
     for _ in range(10):
         synchronize(device)

@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 @dataclass
 class Options:
-    """How much of it."""
+    """How much to measure."""
 
     rounds: int = 5
     """Runs of each case."""
@@ -73,7 +73,7 @@ def main(options: Options) -> None:
 
 
 def images_per_second(policy: str, epochs: int) -> list[float]:
-    """Of each epoch but the first."""
+    """Trains once; returns the images a second of each epoch but the first."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(training(epochs, folder), env=environment_of(policy), check=True, capture_output=True)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -81,20 +81,20 @@ def images_per_second(policy: str, epochs: int) -> list[float]:
 
 
 def training(epochs: int, output: str) -> list[str]:
-    """What train/run.py does but for the policy, which the command sets itself."""
+    """Returns a command that trains as train/run.py does, but does not set the policy itself."""
     code = "from rcl_fast.train.config import parse; from rcl_fast.train.jobs import train; train.run(parse())"
     return [sys.executable, "-c", code, "--device", "cpu", "--epochs", str(epochs), "--output", output]
 
 
 def environment_of(policy: str) -> dict[str, str]:
-    """This process's, with that way to wait and no other."""
+    """Returns this process's environment with that way to wait and no other."""
     without = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     return without if policy == "default" else without | dict([policy.split("=")])
 
 
 @contextlib.contextmanager
 def busy_processes(case: Case) -> Iterator[None]:
-    """Other processes that share nothing with the run, as many as the case says."""
+    """Runs as many other processes as the case says, within a `with` block; they share nothing with the run."""
     alike = case.beside == "itself"
     environment = environment_of(case.policy if alike else "default")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as busy:

@@ -81,11 +81,11 @@ def test_a_red_part_stops_no_other_and_shows_in_rows_and_exit_status(
 
 def test_the_next_call_on_a_machine_knows_what_the_tests_said(call: gpu.Call, machine: Path) -> None:
     real = call._replace(dry_run=False)
-    gpu.say_verdicts(real, {"gate": "passed: 900 tests"})
+    gpu.record_verdicts(real, {"gate": "passed: 900 tests"})
     assert rows.describe()["gate"] == "gate passed: 900 tests"
-    gpu.say_verdicts(call, {"gate": "passed"})  # a dry run collects tests and proves nothing
+    gpu.record_verdicts(call, {"gate": "passed"})  # a dry run collects tests and proves nothing
     assert gpu.verdicts(real) == {"gate": "passed: 900 tests, in an earlier call"}
-    gpu.say_verdicts(real, {**gpu.verdicts(real), "captured": "red: 1 of 8"})
+    gpu.record_verdicts(real, {**gpu.verdicts(real), "captured": "red: 1 of 8"})
     assert rows.describe()["gate"] == "gate passed: 900 tests, in an earlier call; captured red: 1 of 8"
     assert gpu.verdicts(real)["gate"] == "passed: 900 tests, in an earlier call"
     os.environ["RCL_COMMIT"] = "another"

@@ -112,7 +112,7 @@ def test_label_distributions(labels: list[int], with_prototypes: bool, device: t
 
 def test_anchors_without_a_positive_have_neither_loss_nor_gradient(device: torch.device) -> None:
     batch = random_batch(device, 6, 6, 12, with_prototypes=False, labels=torch.arange(6))
-    grad_output = torch.full((6,), float("nan"), device=device)  # not even from an grad_output that is no number
+    grad_output = torch.full((6,), float("nan"), device=device)  # not even from a grad_output that is no number
     losses, gradient = loss_and_gradients(backend.losses, batch, grad_output)
     assert losses.eq(0).all()
     assert gradient.eq(0).all()
@@ -161,7 +161,7 @@ def test_sixteen_bits_with_other_options(options: dict, dtype: torch.dtype, devi
 
 
 @pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
-def test_float16_keeps_gradients_of_small_upstreams(
+def test_float16_keeps_gradients_of_a_small_grad_output(
     register_width: int, tiny_tiles: Tiles, device: torch.device
 ) -> None:
     """A mean over a large batch weighs each anchor below float16's range; long features make dlogits smaller still."""

@@ -88,7 +88,7 @@ def test_zero_rows_and_no_prototypes() -> None:
     assert case["features"].grad.isfinite().all()
 
 
-def test_small_weights_of_a_large_upstream_survive() -> None:
+def test_small_weights_of_a_large_grad_output_survive() -> None:
     """In float16 a mean over many anchors would be below the smallest number, were it not for the gradient scale."""
     case = draw_case(60, 40, 9, class_average=True).to(torch.float16)
     exact = case.to(torch.float64)

@@ -1,4 +1,4 @@
-"""DALI's views made on a GPU are those that the device loader makes on the CPU: the same draws, carried out there."""
+"""DALI's views made on a GPU are those of the device loader on the CPU: the same random parameters, applied there."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def files(pixels: Samples, tmp_path_factory: pytest.TempPathFactory) -> Samples:
 @pytest.mark.parametrize("in_files", [False, True], ids=["pixels", "files"])
 @pytest.mark.parametrize("kind", ["crop_flip", *KINDS, "sim_randaugment", "digits", "digits_sim"])
 def test_views_are_those_of_the_device_loader(kind: ViewKind, in_files: bool, pixels: Samples, files: Samples) -> None:
-    """As near as on a CPU (test_loaders.py), against draws of another epoch."""
+    """As near as on a CPU (test_loaders.py), against the random parameters of another epoch."""
     loader = on_the_gpu(files if in_files else pixels, kind)
     expected = by_index(training("device", pixels, kinds=(kind,), batch_size=COUNT), 0)
     apart = mean_levels_apart(by_index(loader, 0).cpu(), expected)

@@ -1,4 +1,4 @@
-"""A whole step: the same run as step by step, nothing in it that a graph could not hold, and its losses read late."""
+"""A CUDA-graph step: the same run as step by step, nothing that a graph could not hold, and its losses read late."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -77,15 +77,15 @@ def step_by_step_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 @pytest.mark.usefixtures("without_reports")
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_of_whole_steps_is_the_run_step_by_step(
+def test_a_run_of_cuda_graph_steps_is_the_run_step_by_step(
     loss: str, step_by_step_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = step_by_step_run(loss)
     recorded: list[int] = []
     monkeypatch.setattr(cuda_graph, "capture", capture_without_a_gpu(recorded))
     monkeypatch.setattr(cuda_graph, "check", lambda *_: None)
-    whole = train.run(configure(tmp_path / "whole", "--loss", loss, "--cuda-graph"))
-    ours, theirs = (checkpoints.load(folder / checkpoints.LAST) for folder in (whole, plain))
+    graphed = train.run(configure(tmp_path / "graphed", "--loss", loss, "--cuda-graph"))
+    ours, theirs = (checkpoints.load(folder / checkpoints.LAST) for folder in (graphed, plain))
     for name, tensor in theirs["model"].items():
         assert torch.equal(tensor, ours["model"][name]), name
     for one, other in zip(ours["history"], theirs["history"], strict=True):
@@ -96,7 +96,7 @@ def test_a_run_of_whole_steps_is_the_run_step_by_step(
 
 
 @pytest.mark.usefixtures("without_reports")
-def test_a_stopped_run_of_whole_steps_goes_on_step_by_step(
+def test_a_stopped_run_of_cuda_graph_steps_goes_on_step_by_step(
     step_by_step_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = step_by_step_run("bcl_rcl")
@@ -142,7 +142,7 @@ class OneDevice(TorchDispatchMode):
 
 @pytest.mark.parametrize("dataset", ["digits_lt", "cifar100_lt"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_host_neither_waits_nor_copies_in_a_whole_step(
+def test_the_host_neither_waits_nor_copies_in_a_cuda_graph_step(
     loss: str, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device that holds no values: whatever asks for one, for which a GPU would have to be waited for, fails."""
@@ -257,7 +257,7 @@ def test_views_that_are_rounded_otherwise_are_the_views(dataset: str) -> None:
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_views_without_an_operation_or_with_the_draws_of_others_are_not_the_views(
+def test_views_without_an_operation_or_with_the_random_parameters_of_others_are_not_the_views(
     dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader, options = seen_on(torch.device("cpu"), dataset)
@@ -442,12 +442,14 @@ def test_a_captured_step_of_cifar_in_bf16_is_as_near_to_float32_as_the_step(
     """With AutoAugment, autocast, the fused update and its rate in a tensor, which tests on a CPU leave out.
 
     Either's errors are bf16's roundings, by whichever algorithms cuDNN found fastest, from the weights of 12 seeds. The
-    ratio of their mean squares at a step is then drawn from F(12, 12), and above 33 (5.8 times the error) in one of 4
+    ratio of their mean squares at a step then follows F(12, 12), and is above 33 (5.8 times the error) in one of 4
     million cases; errors that both have in common make it rarer still. What is not the step is further off: on a CPU 22
-    times the error with the draws of the epoch before, 69 without an update, 71 with the rate of the epoch before.
+    times the error with the random parameters of the epoch before, 69 without an update, 71 with its rate.
     """
     training = cifar_training("bf16", *more)
-    plain, captured = (losses_of_cifar(take, training) - exact_losses for take in (step_by_step, GraphedStep.__call__))
+    plain, captured = (
+        losses_of_cifar(run_step, training) - exact_losses for run_step in (step_by_step, GraphedStep.__call__)
+    )
     ratios = captured.square().mean(0) / plain.square().mean(0)
     assert ratios.max() <= float(stats.f.isf(1e-6 / len(ratios), SEEDS, SEEDS))
 
@@ -457,7 +459,7 @@ def cifar_training(precision: str, *more: str) -> Training:
     return start_training(config, made_up(32), choose_runtime(config.run))
 
 
-def losses_of_cifar(take: Callable[..., dict[str, torch.Tensor]], training: Training) -> torch.Tensor:
+def losses_of_cifar(run_step: Callable[..., dict[str, torch.Tensor]], training: Training) -> torch.Tensor:
     """float64 [seeds, 4]: of two steps of an epoch and two of the next, on made-up pixels."""
     training.ddp_model.train()
     step = GraphedStep(cifar_loader(training.config, training.runtime.device))
@@ -467,7 +469,7 @@ def losses_of_cifar(take: Callable[..., dict[str, torch.Tensor]], training: Trai
         for epoch, rate in enumerate(RATES, start=len(RATES) * seed):
             training.optimizer.param_groups[0]["lr"] = rate
             # Copied, as a graph writes the next one to the same place.
-            losses += [take(step, training, batch)["loss"].clone() for batch in step.loader.epoch(epoch)]
+            losses += [run_step(step, training, batch)["loss"].clone() for batch in step.loader.epoch(epoch)]
     return torch.stack(losses).view(SEEDS, -1).double().cpu()
 
 
@@ -493,7 +495,7 @@ def cifar_loader(config: Config, device: torch.device) -> DeviceLoader:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_captured_views_are_those_of_each_epoch(tmp_path: Path) -> None:
-    """A graph that held the first epoch's draws for ever would train just as smoothly."""
+    """A graph that held the first epoch's random parameters for ever would train just as smoothly."""
     training, _ = started(configure(tmp_path))
     device = training.runtime.device
     loader, options = seen_on(device, "cifar100_lt")

@@ -69,7 +69,7 @@ def with_pillow(images: Tensor, change: Callable[..., Image.Image], *arguments: 
 
 
 def chosen(n: int, **changes: Tensor) -> ViewParams:
-    """Draws of nothing but `changes`."""
+    """Random parameters of nothing but `changes`."""
     nothing = torch.empty(n, 0)
     none = ViewParams(nothing, nothing, nothing, torch.zeros(n, dtype=torch.bool), nothing.long(), *(nothing,) * 3)
     return none._replace(**changes)
@@ -168,7 +168,7 @@ def view_of(kind: ViewKind, images: Tensor) -> tuple[Plan, ViewParams]:
 
 
 def one_by_one(images: Tensor, planned: Plan, params: ViewParams) -> Tensor:
-    """A resized crop and its operations on colors by Pillow, each image with its own draws."""
+    """A resized crop and its operations on colors by Pillow, each image with its own random parameters."""
     side = torch.tensor(images.shape[2])
     views = []
     for row, image in enumerate(images):
@@ -198,7 +198,7 @@ def test_a_whole_view_is_pillows() -> None:
 
 
 @pytest.mark.parametrize("kind", VIEW_KINDS)
-def test_shapes_that_do_not_depend_on_the_draws_give_the_same_bits(
+def test_shapes_that_do_not_depend_on_the_random_parameters_give_the_same_bits(
     kind: ViewKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU, torch.compile and CUDA graphs get, against what a CPU does with each operation's own views."""
@@ -228,7 +228,7 @@ def test_normalized_views_lie_in_memory_as_convolutions_want_them() -> None:
 
 
 def test_cutout_is_the_square_of_the_views() -> None:
-    """`Cutout` draws a pixel; `params.draw` a position in [0, 1), which falls into it."""
+    """`Cutout` samples a pixel; `sample_params` a position in [0, 1), which falls into it."""
     white = torch.full((32 * 32, 3, 32, 32), 255, dtype=torch.uint8)
     row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     center = torch.stack([row, column], dim=-1).reshape(-1, 2)

@@ -120,14 +120,14 @@ def test_each_movement_is_pillows(name: str, nearest: bool) -> None:
     assert (apart > 2).float().mean() < 0.002
 
 
-def test_an_operation_that_was_not_drawn_changes_nothing() -> None:
+def test_an_operation_that_was_not_sampled_changes_nothing() -> None:
     images = IMAGES["noise"]
     params = chosen(len(images), operations=torch.zeros(len(images), 1).long(), magnitudes=torch.ones(len(images), 1))
     assert torch.equal(carried_out(images, NOTHING._replace(slots=(OPERATIONS[1:],)), params), images)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (60, 400), (400, 60), (33, 32)], ids=str)
-def test_boxes_in_the_graph_are_those_of_the_draws(size: tuple[int, int]) -> None:
+def test_boxes_in_the_graph_are_those_of_the_random_parameters(size: tuple[int, int]) -> None:
     """Also where no attempt fits."""
     ratio, many = (3 / 4, 4 / 3), 500
     make = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The draws have the distributions of torchvision's and timm's own transforms, and depend on nothing but their key."""
+"""Random parameters are distributed as in torchvision's and timm's transforms, and depend on nothing but their key."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def assert_rate(outcomes: torch.Tensor, rate: float) -> None:
 
 class TestStreams:
     @pytest.mark.parametrize("kind", ["sim", "autoaugment", "randaugment", "digits_sim"])
-    def test_a_draw_depends_on_its_own_image_alone(self, kind: ViewKind) -> None:
+    def test_random_parameters_depend_on_their_own_image_alone(self, kind: ViewKind) -> None:
         options = VIEWS["cifar100_lt"]
         index = torch.tensor([7, 3, 100_000, 3])
         together = sample_params(kind, options, seed=5, epoch=2, index=index, view=1)

@@ -67,14 +67,14 @@ def test_views_are_random_can_be_seeded_and_travel_to_workers(kind: str) -> None
     transform = view(kind, OPTIONS)
     copy = pickle.loads(pickle.dumps(transform))
 
-    def draw(transform: Callable, seed: int) -> bytes:
+    def sampled(transform: Callable, seed: int) -> bytes:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         torch.manual_seed(seed)
         return transform(picture()).numpy().tobytes()
 
-    assert len({draw(transform, seed) for seed in range(5)}) > 3
-    assert draw(transform, 3) == draw(copy, 3)
+    assert len({sampled(transform, seed) for seed in range(5)}) > 3
+    assert sampled(transform, 3) == sampled(copy, 3)
 
 
 def test_the_recipes_order() -> None:
