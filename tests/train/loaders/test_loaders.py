@@ -1,4 +1,4 @@
-"""What every loader promises: order, labels, positions, epochs; and that those that share their random parameters make twins."""
+"""What every loader promises: order, labels, epochs; and that device and DALI, of the same random parameters, are twins."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def levels_apart(one: torch.Tensor, other: torch.Tensor) -> float:
     "kind", ["crop_flip", "autoaugment", "sim", "randaugment", "sim_randaugment", "digits", "digits_sim"]
 )
 def test_device_and_dali_make_twins(kind: ViewKind) -> None:
-    """The same random parameters carried out twice, against draws of another epoch; test_dali_graph.py bounds each operation."""
+    """The same random parameters twice, against those of another epoch; test_dali_graph.py bounds each operation."""
     samples = Samples(smooth(64, 16), np.arange(64) % 5)
     first, twin = (training(name, samples, kinds=(kind,), batch_size=64) for name in ("device", "dali"))
     apart = mean_levels_apart(by_index(first, 0), by_index(twin, 0))
