@@ -27,7 +27,10 @@ __all__ = [
 ]
 # Where a name is, if not in losses.py.
 _HOMES = {"contrastive_loss": "functional", "explain_backend": "backends.explain"}
-_SUBMODULES = ("heads", "metrics", "weights")
+_SUBMODULES = (
+    *("backends", "batch", "checks", "class_statistics", "cross_entropy", "distributed", "functional"),
+    *("heads", "losses", "metrics", "presets", "provenance", "weights"),
+)
 
 
 def _found(name: str) -> object:
@@ -47,11 +50,11 @@ if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
     def __getattr__(name: str) -> object:
         """Loads a public name when it is first asked for: PyTorch, which all of them need, takes seconds."""
-        if name not in (*__all__, "__version__"):
+        if name not in (*__all__, *_SUBMODULES, "__version__"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = _found(name)
         return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_SUBMODULES, "__version__"})

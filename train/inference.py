@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rcl_fast.train.config import saved_config
-from rcl_fast.train.errors import NotFound
+from rcl_fast.train.errors import NotFound, UserError
 from rcl_fast.train.loop.training import check_origin, check_shapes
 from rcl_fast.train.network.models import LongTailedClassifier, build_network
 from rcl_fast.train.options import Config
@@ -26,7 +26,7 @@ class Trained(NamedTuple):
     class_names: list[str]  # [C], in the order of the logits
 
 
-def load_run(run: Path, checkpoint: str = checkpoints.BEST) -> Trained:
+def load_run(run: Path | str, checkpoint: str = checkpoints.BEST) -> Trained:
     """Loads a network to classify with, from the folder of a finished run or second stage (RUN/second_stage/METHOD).
 
     Args:
@@ -36,8 +36,9 @@ def load_run(run: Path, checkpoint: str = checkpoints.BEST) -> Trained:
         NotFound: the folder is not that of a run, or the run is not finished.
         UserError: the checkpoint can't be read, or is of another network than config.json describes.
     """
+    run = Path(run)
     loaded = load_network(run, checkpoint)
-    return Trained(loaded.model, evaluation_view(loaded.config.views), loaded.class_names)
+    return Trained(loaded.model, evaluation_view(loaded.config.views), _class_names(run / PER_CLASS))
 
 
 class Loaded(NamedTuple):
@@ -45,7 +46,6 @@ class Loaded(NamedTuple):
 
     model: LongTailedClassifier  # on the CPU, in evaluation mode
     config: Config  # of the run
-    class_names: list[str]  # [C]
     class_counts: Tensor | None  # int64 [C] images it was trained on; None: the checkpoint does not say
     epoch: int | None  # after which the checkpoint was written, from 1; None: the checkpoint does not say
 
@@ -55,13 +55,16 @@ def load_network(run: Path, checkpoint: str) -> Loaded:
     config = saved_config(run.parent.parent if run.parent.name == "second_stage" else run)
     last = checkpoint == checkpoints.LAST  # where it is damaged, PREVIOUS stands in for it
     state = checkpoints.last_epoch(run).state if last else checkpoints.load(run / checkpoint)
-    class_names = _class_names(run / PER_CLASS)
-    model = build_network(config, len(class_names))
-    if "of" in state:  # not in a second stage's checkpoint
-        check_origin(state["of"], config, len(class_names))
-    check_shapes(state["model"], model)
-    model.load_state_dict(state["model"])
-    return Loaded(model.eval(), config, class_names, state.get("class_counts"), state.get("epoch"))
+    weights = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or "classifier.weight" not in weights:
+        raise UserError(f"{run / checkpoint} is no checkpoint of a run")
+    num_classes = len(weights["classifier.weight"])
+    model = build_network(config, num_classes)
+    if "of" in state:  # a second stage's checkpoint does not say
+        check_origin(state["of"], config, num_classes)
+    check_shapes(weights, model)
+    model.load_state_dict(weights)
+    return Loaded(model.eval(), config, state.get("class_counts"), state.get("epoch"))
 
 
 def _class_names(file: Path) -> list[str]:

@@ -18,6 +18,8 @@ assert rcl_fast.presets.PRESETS["scl"].prototypes is False
 assert "contrastive_loss" in dir(rcl_fast)
 assert "torch" not in sys.modules
 rcl_fast.contrastive_loss
+assert rcl_fast.losses.PRESETS is rcl_fast.presets.PRESETS  # modules that an import once loaded are there as before
+assert rcl_fast.backends.reference.losses and rcl_fast.batch and rcl_fast.checks and rcl_fast.cross_entropy
 assert "torch" in sys.modules
 assert "torch._dynamo" not in sys.modules
 """

@@ -72,6 +72,13 @@ def test_a_folder_that_is_no_runs_is_said(tmp_path: Path) -> None:
         inference.load_run(tmp_path)
 
 
+@pytest.mark.parametrize("state", [{"x": 1}, [1], {"model": {"x": torch.ones(1)}}])
+def test_a_file_that_is_no_checkpoint_is_said(finished: tuple[Path, Config], state: object) -> None:
+    torch.save(state, finished[0] / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt is no checkpoint of a run"):
+        inference.load_run(str(finished[0]), "other.pt")
+
+
 def test_the_earlier_name_still_loads_and_names_the_new_one(finished: tuple[Path, Config]) -> None:
     with pytest.warns(DeprecationWarning, match="load_run"):
         assert trained.load(finished[0]).class_names == inference.load_run(finished[0]).class_names

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from rcl_fast.train import sweep
-from rcl_fast.train.experiments import study
+from rcl_fast.train.errors import UserError
+from rcl_fast.train.experiments import job_queue, study
+from rcl_fast.train.experiments import sweep as searches
 from rcl_fast.train.experiments.search_space import Range, Values, corners, grid, parse_space
 from rcl_fast.train.experiments.study import Trial
+from rcl_fast.train.options import SweepOptions
 from rcl_fast.train.rundir import status
 
 # What stands in for train/run.py: its accuracy is tau / 10, and it diverges, stops or waits where it is told to.
@@ -126,7 +129,7 @@ def sweep_config(*more: str) -> dict:
 
 
 def test_callers_share_a_study_and_what_a_killed_one_left_is_taken_up(
-    stubbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stubbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The trial of a caller that is killed goes on, as runs do: nobody takes it before it ends."""
     folder, taus = tmp_path / "study", "tau=1.0,1.1,1.2"
@@ -137,13 +140,64 @@ def test_callers_share_a_study_and_what_a_killed_one_left_is_taken_up(
         time.sleep(0.05)
     first.kill()
     first.wait()
-    assert start(folder, taus) == 0  # the others
+    assert start(folder, taus) == 1  # the others
+    assert "no result: trial 0, one of 3: tau 1.0: another process is at it" in capsys.readouterr().out
     assert [trial.status for trial in study.trials(folder)] == [None, "finished", "finished"]
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         if str(hangs[0].parent).encode() in read(Path("/proc", pid, "cmdline")):
             os.kill(int(pid), signal.SIGKILL)
     assert start(folder, taus) == 0
     assert [tau for _, tau, _ in calls(folder)] == ["1.0", "1.1", "1.2", "1.0"]
+
+
+def test_a_trial_that_another_caller_leaves_meanwhile_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial 0 is another's, who leaves it while trial 1 runs; trial 2 stays another's to the end, and is tried last."""
+    taken = {"0000", "0002"}
+    monkeypatch.setattr(job_queue, "is_taken", lambda folder: folder.name in taken)
+    folder = tmp_path / "study"
+    search = searches._plan(SweepOptions("digits_lt", folder, ("tau=1,2,3,4",)), ())
+    study.open_study(folder, search.content())
+    for number, point in enumerate(({"tau": "1"}, {"tau": "2"}, {"tau": "3"})):
+        assert study.make_trial(folder, number, point)
+    jobs = searches._jobs(search)
+    assert next(jobs).folder.name == "0001"
+    taken.remove("0000")
+    assert [job.folder.name for job in jobs] == ["0000", "0003", "0002"]
+
+
+def test_of_several_that_make_a_study_one_wins_and_the_others_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, content = os.link, {"space": {"tau": "1,2"}}
+
+    def after_another(unfinished: Path, file: Path) -> None:
+        file.write_text(json.dumps({"space": {"tau": others}}))
+        link(unfinished, file)
+
+    monkeypatch.setattr(os, "link", after_another)
+    others = "1,2"
+    study.open_study(tmp_path / "one", content)
+    others = "5"
+    with pytest.raises(UserError, match=r"space\.tau \(was 5, now 1,2\)"):
+        study.open_study(tmp_path / "other", content)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["study.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+@pytest.mark.parametrize("name", ["study.json", "0000/trial.json"])
+def test_a_damaged_study_is_named(tmp_path: Path, name: str, text: str) -> None:
+    study.open_study(tmp_path, {"space": {}})
+    study.make_trial(tmp_path, 0, {"tau": "1"})
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} is (damaged|no study's)"):
+        (study.open_study(tmp_path, {"space": {}}), study.trials(tmp_path))
+
+
+def test_a_study_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "the study can't be written there" in str(start(tmp_path / "file" / "study"))
 
 
 def read(file: Path) -> bytes:
@@ -188,7 +242,7 @@ def test_tpe_learns(tmp_path: Path) -> None:
 def test_a_space_and_its_points() -> None:
     space = parse_space(["--tau=1,2,1", "lr=0.01..1:log"], ranges=True)
     assert space == {"tau": Values(("1", "2")), "lr": Range(0.01, 1.0, log=True)}
-    assert {name: str(of) for name, of in space.items()} == {"tau": "1,2", "lr": "0.01..1:log"}
+    assert {name: str(of) for name, of in space.items()} == {"tau": "1,2", "lr": "0.01..1.0:log"}
     assert list(corners(space)) == [
         {"tau": "1", "lr": 0.01},
         {"tau": "2", "lr": 0.01},
@@ -203,6 +257,14 @@ def test_a_space_and_its_points() -> None:
     ]
 
 
+def test_a_data_set_that_is_nowhere_and_torchrun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="cifar10_lt is to be trained on: say where it is with --data DIR"):
+        sweep.main(["--dataset", "cifar10_lt", "--study", str(tmp_path / "study"), "--grid", "tau=1"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in str(start(tmp_path / "study"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -214,6 +276,9 @@ def test_a_space_and_its_points() -> None:
         (("lr=0.2..0.1", "--sampler", "tpe", "--trials", "2"), "LOW below HIGH"),
         (("lr=0..0.1:log", "--sampler", "tpe", "--trials", "2"), "above 0 where it is :log"),
         (("lr=0.1..0.2", "--sampler", "tpe"), "say with --trials"),
+        (("lr=0.1..0.2",), "a range is for --sampler tpe"),
+        (("tau=1..inf", "--sampler", "tpe", "--trials", "2"), "finite LOW below HIGH"),
+        (("nonsense=1",), "Unrecognized options: --nonsense"),
         (("tau=1", "--trials", "0"), "--trials must be at least 1"),
         (("tau=1", "--jobs-per-device", "0"), "--jobs-per-device must be at least 1"),
         (("tau=1", "--", "--output", "elsewhere"), "each trial's own"),

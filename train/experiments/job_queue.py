@@ -21,12 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from rcl_fast.provenance import describe
 from rcl_fast.train.errors import Preempted, UserError
+from rcl_fast.train.rundir import status
 from rcl_fast.train.runtime.files import write_text
 from rcl_fast.train.runtime.threads import usable_cpus
 
 _logger = logging.getLogger(__name__)
 
 LOG, PROVENANCE = "output.log", "provenance.json"
+_LOCK = ".lock"
 _POLL_SECONDS = 0.2
 
 
@@ -66,8 +68,10 @@ def find_slots(devices: Sequence[str] | None, jobs_per_device: int, devices_per_
         devices: as CUDA_VISIBLE_DEVICES names them; None: all. Without any, the CPU is the one device, whose cores
             the jobs share.
 
-    Raises UserError where there are too few devices for one job.
+    Raises UserError where there are too few devices for one job, and under torchrun.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("it starts the processes of its runs itself: start it once, without torchrun")
     names = _devices() if devices is None else list(devices)
     if not names:
         threads = max(1, usable_cpus() // jobs_per_device)
@@ -138,6 +142,18 @@ def _run_all(jobs: Iterable[Job], slots: Sequence[Slot], total: int | None) -> l
                     bar.advance(task)
 
 
+def is_taken(folder: Path) -> bool:
+    """Returns whether a process is at the job of this folder."""
+    try:
+        with (folder / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no job was ever started there
+        return False
+    return False
+
+
 def log_failures(failures: Sequence[Failure]) -> int:
     """Logs which jobs have no result and why; returns a command's exit status."""
     for failure in failures:
@@ -177,7 +193,7 @@ def _start(job: Job, slot: Slot, bar: Progress) -> _Running:
     """Starts a job. Raises BlockingIOError where another process has the folder, OSError where it can't be written."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as undo:
-        lock = undo.enter_context((job.folder / ".lock").open("w"))
+        lock = undo.enter_context((job.folder / _LOCK).open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _note_start(job.folder, slot)
         log = undo.enter_context((job.folder / LOG).open("ab"))
@@ -199,7 +215,7 @@ def _start(job: Job, slot: Slot, bar: Progress) -> _Running:
 
 def _not_started(job: Job, error: OSError) -> Failure:
     if isinstance(error, BlockingIOError):
-        return Failure(job, "another process is at it; its result counts when that has ended", elsewhere=True)
+        return Failure(job, "another process is at it; its result counts when that has ended")
     return Failure(job, f"it could not be started in {job.folder}: {error}")
 
 
@@ -222,7 +238,9 @@ def _ended(one: _Running) -> list[Failure]:
     if one.process.returncode == 0:
         _logger.info(f"done in {took}: {one.job.label}")
         return []
-    why = f"exit status {one.process.returncode}: {_last_line(one.job.folder / LOG)}"
+    diverged = status.read(one.job.folder) == "diverged"
+    reason = "its loss diverged" if diverged else _last_line(one.job.folder / LOG)
+    why = f"exit status {one.process.returncode}: {reason}"
     _logger.info(f"failed after {took}: {one.job.label}: {why}")
     return [Failure(one.job, f"{why} (more in {one.job.folder / LOG})")]
 

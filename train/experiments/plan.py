@@ -64,7 +64,7 @@ def read_rows(files: Sequence[Path]) -> Rows:
             for line in file.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 rows[row["key"], row["second_stage"]] = row
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--rows {file}: no file of rows ({error!r})") from error
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class Range(NamedTuple):
     log: bool
 
     def __str__(self) -> str:
-        return f"{self.low:g}..{self.high:g}" + ":log" * self.log
+        return f"{self.low!r}..{self.high!r}" + ":log" * self.log
 
 
 Space = dict[str, Values | Range]
@@ -46,7 +47,9 @@ def parse_space(items: Sequence[str], *, ranges: bool) -> Space:
             raise UserError(f"--grid {item}: expected an option of train/run.py and its values, like tau=1.0,1.3")
         if name in space:
             raise UserError(f"--grid {item}: {name} is there twice")
-        is_range = ranges and ".." in values
+        is_range = ".." in values
+        if is_range and not ranges:
+            raise UserError(f"--grid {item}: a range is for --sampler tpe; a grid has values, like tau=1.0,1.3")
         space[name] = _range(item, values) if is_range else Values(tuple(dict.fromkeys(values.split(","))))
     if not space:
         raise UserError("--grid needs at least one option, like tau=1.0,1.3,1.5")
@@ -62,8 +65,9 @@ def _range(item: str, values: str) -> Range:
         raise UserError(f"--grid {item}: {error}; a range is LOW..HIGH or LOW..HIGH:log") from error
     if scale not in ("", "log"):
         raise UserError(f"--grid {item}: {scale!r} is no scale; there is log")
-    if not found.low < found.high or (found.log and found.low <= 0):
-        raise UserError(f"--grid {item}: a range is LOW..HIGH with LOW below HIGH, and above 0 where it is :log")
+    bounded = math.isfinite(found.low) and math.isfinite(found.high) and found.low < found.high
+    if not bounded or (found.log and found.low <= 0):
+        raise UserError(f"--grid {item}: a range is LOW..HIGH with finite LOW below HIGH, and above 0 where it is :log")
     return found
 
 

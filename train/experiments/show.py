@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rcl_fast.train.errors import NotWritten
 from rcl_fast.train.experiments import cells, clusters, pictures, render, runs
 from rcl_fast.train.experiments.plan import Plan, PlannedRun, Rows, plan, read_rows, unique
 from rcl_fast.train.experiments.render import Filled
@@ -32,7 +33,10 @@ def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: Re
     print_table(render.for_terminal(filled))
     _logger.info("\n".join(render.notes(filled)))
     folder = options.output or options.folder / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotWritten(f"--output {folder}: the table can't be written there ({error})") from error
     file = folder / file_name(table, setting, options.only)
     write_text(file.with_name(file.name + ".md"), render.as_markdown(filled))
     write_text(file.with_name(file.name + ".json"), json.dumps(render.as_json(filled), indent=2) + "\n")

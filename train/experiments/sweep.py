@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,9 @@ _logger = logging.getLogger(__name__)
 
 
 def sweep(options: SweepOptions, shared: Sequence[str] = ()) -> list[Failure]:
-    """Runs the trials that are missing, then prints them all; returns those that failed.
+    """Runs the trials that are missing, then prints them all; returns those without an end, and why.
+
+    A trial that another process is at when there is nothing else left to do is among them.
 
     Args:
         shared: options of train/run.py for all trials, as on its command line.
@@ -37,15 +40,11 @@ def sweep(options: SweepOptions, shared: Sequence[str] = ()) -> list[Failure]:
         job_queue.Stopped: a signal came; the same call goes on.
     """
     search = _plan(options, shared)
-    study.open_study(options.study, search.content())
     slots = job_queue.find_slots(options.devices, options.jobs_per_device)
+    study.open_study(options.study, search.content())
     failures = job_queue.run_all(_jobs(search), slots, search.total)
     show(search)
-    return [failure for failure in failures if not failure.elsewhere and not _diverged(failure)]
-
-
-def _diverged(failure: Failure) -> bool:
-    return status.read(failure.job.folder) == "diverged"
+    return [failure for failure in failures if status.read(failure.job.folder) not in study.OVER]
 
 
 class Search(NamedTuple):
@@ -76,6 +75,7 @@ class Search(NamedTuple):
 
 
 def _plan(options: SweepOptions, shared: Sequence[str]) -> Search:
+    """Returns what is to be run. Raises UserError for what the trainer would refuse, before anything is."""
     refuse(
         {
             f"--trials must be at least 1, got {options.trials}": options.trials is not None and options.trials < 1,
@@ -93,8 +93,9 @@ def _plan(options: SweepOptions, shared: Sequence[str]) -> Search:
         points = sum(1 for _ in grid(space))
         total = points if options.trials is None else min(points, options.trials)
     search = Search(options, space, tuple(shared), total)
-    for parameters in corners(space):  # what the trainer would refuse is said before anything is run
-        _config(search.arguments(parameters))
+    configs = [_config(search.arguments(parameters)) for parameters in corners(space)]
+    if options.data is None and configs[0].data.data is None and options.dataset != "digits_lt":
+        raise UserError(f"{options.dataset} is to be trained on: say where it is with --data DIR")
     return search
 
 
@@ -111,38 +112,42 @@ def _typed(value: Any) -> Any:
 
 
 def _jobs(search: Search) -> Iterator[Job]:
-    """Gives the trials that are to be run or gone on with, those that were begun first."""
-    for trial in study.trials(search.options.study):
-        if not trial.is_over:
-            yield _job(search, trial)
-    new = _new_by_tpe(search) if search.options.sampler == "tpe" else _new_of_the_grid(search)
-    for trial in new:
-        yield _job(search, trial)
+    """Gives each trial that is not over once, as long as there are any: others may leave some meanwhile."""
+    tried: set[int] = set()
+    while (trial := _next(search, tried)) is not None:
+        tried.add(trial.number)
+        run = search.run(trial)
+        label = f"trial {trial.number}, one of {search.total}: {_described(trial.parameters)}"
+        yield Job(label, runs.command(run), run.folder, run.config.optimization.epochs)
 
 
-def _job(search: Search, trial: Trial) -> Job:
-    run = search.run(trial)
-    label = f"trial {trial.number}, one of {search.total}: {_described(trial.parameters)}"
-    _logger.info(label)
-    return Job(label, runs.command(run), run.folder, run.config.optimization.epochs)
+def _next(search: Search, tried: set[int]) -> Trial | None:
+    """Returns a trial that was begun and that nobody is at, else a new one, else one that another process is at."""
+    trials = study.trials(search.options.study)
+    begun = [trial for trial in trials if not trial.is_over and trial.number not in tried]
+    free = [trial for trial in begun if not job_queue.is_taken(trial.folder)]
+    if free:
+        return free[0]
+    return _new(search) or next(iter(begun), None)
 
 
-def _new_of_the_grid(search: Search) -> Iterator[Trial]:
-    for number, parameters in enumerate(grid(search.space)):
-        if number < search.total:
-            trial = study.make_trial(search.options.study, number, parameters)
-            if trial is not None:
-                yield trial
+def _new(search: Search) -> Trial | None:
+    """Makes the next trial that there is none of; None where there are all."""
+    while len(trials := study.trials(search.options.study)) < search.total:
+        numbers = {trial.number for trial in trials}
+        number = next(number for number in range(search.total) if number not in numbers)
+        trial = study.make_trial(search.options.study, number, _parameters(search, number, trials))
+        if trial is not None:  # else another process was quicker
+            return trial
+    return None
 
 
-def _new_by_tpe(search: Search) -> Iterator[Trial]:
-    """Gives new trials, each chosen when its turn comes by what is then known of the others."""
+def _parameters(search: Search, number: int, trials: Sequence[Trial]) -> dict[str, Any]:
+    if search.options.sampler == "grid":
+        return next(itertools.islice(grid(search.space), number, None))
     from rcl_fast.train.experiments import tpe  # needs Optuna, which a grid does without
 
-    while len(trials := study.trials(search.options.study)) < search.total:
-        trial = study.make_trial(search.options.study, len(trials), tpe.ask(search.space, trials))
-        if trial is not None:
-            yield trial
+    return tpe.ask(search.space, trials)
 
 
 def _described(parameters: study.Parameters) -> str:
@@ -182,5 +187,9 @@ def show(search: Search) -> None:
 
 
 def _shown_status(trial: Trial) -> str:
+    if trial.status == "finished":
+        return ""
+    if job_queue.is_taken(trial.folder):
+        return "running"
     started = (trial.folder / job_queue.LOG).is_file()
-    return "" if trial.status == "finished" else trial.status or ("failed at its start" if started else "not begun")
+    return trial.status or ("failed at its start" if started else "not begun")

@@ -1,4 +1,4 @@
-"""What every loader promises: order, labels, epochs; and that device and DALI, of the same random parameters, are twins."""
+"""What every loader promises: order, labels and epochs; device and DALI, of the same random parameters, are twins."""
 
 from __future__ import annotations
 
