@@ -25,7 +25,8 @@ chooses nothing, unless --validate-on test makes the two the same.
 Trials run on every GPU of the machine, or on its CPU, --jobs-per-device at once. The same command again goes on with
 the study: finished trials are not repeated, and a trial that was stopped or killed goes on from its last checkpoint.
 Several machines that see the same folder share a study: run the same command on each. A trial whose loss diverges
-counts as done. Exit status: 0 where all trials are done, 1 where one failed, 75 after SIGTERM and 130 after Ctrl-C."""
+counts as done. Exit status: 0 where all trials are done, 1 where one failed or another call is still at it, 75 after
+SIGTERM and 130 after Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
