@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rcl_fast.provenance import describe
 from rcl_fast.train.errors import Preempted, UserError
 from rcl_fast.train.rundir import status
+from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.files import write_text
 from rcl_fast.train.runtime.threads import usable_cpus
 
@@ -46,7 +47,6 @@ class Failure(NamedTuple):
 
     job: Job
     why: str
-    elsewhere: bool = False  # another process runs it
 
 
 class Stopped(Preempted):
@@ -70,7 +70,7 @@ def find_slots(devices: Sequence[str] | None, jobs_per_device: int, devices_per_
 
     Raises UserError where there are too few devices for one job, and under torchrun.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.processes_started() > 1:
         raise UserError("it starts the processes of its runs itself: start it once, without torchrun")
     names = _devices() if devices is None else list(devices)
     if not names:

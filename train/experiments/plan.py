@@ -16,6 +16,9 @@ from rcl_fast.train.experiments.runs import Run
 from rcl_fast.train.experiments.setting import Setting
 from rcl_fast.train.experiments.tables import Column, Row, Table
 from rcl_fast.train.options import ReproduceOptions
+from rcl_fast.train.report.results import METRICS
+
+_logger = logging.getLogger(__name__)
 
 
 class PlannedRun(NamedTuple):
@@ -32,8 +35,6 @@ class PlannedRun(NamedTuple):
     def label(self) -> str:
         return self.run.label + (f", {self.second_stage}" if self.second_stage else "")
 
-
-_logger = logging.getLogger(__name__)
 
 Plan = list[list[list[PlannedRun]]]
 """The planned runs by row, column and seed."""
@@ -81,7 +82,7 @@ def missing_stages(entries: Plan, known: Rows) -> list[PlannedRun]:
         for entry in unique(entries)
         if entry.second_stage is not None
         and entry.id not in known
-        and not (runs.second_stage_folder(entry.run, entry.second_stage) / "metrics.json").is_file()
+        and not (runs.second_stage_folder(entry.run, entry.second_stage) / METRICS).is_file()
     ]
 
 
@@ -104,11 +105,8 @@ def run_missing(entries: Plan, known: Rows, options: ReproduceOptions) -> list[F
     _logger.info(
         f"{wanted} runs: {wanted - len(missing)} done, {half_done} half done, {len(missing) - half_done} to start",
     )
-    needing = [
-        run.config.data.dataset for run in missing if run.data is None and run.config.data.dataset != "digits_lt"
-    ]
-    if needing:
-        raise UserError(f"{needing[0]} is to be trained on: say where it is with --data DIR")
+    for run in missing:
+        runs.check_data(run.config, run.data)
     failures = _run_all([_training(run, options.gpus_per_run) for run in missing], options)
     stages = [entry for entry in missing_stages(entries, known) if entry.run.id in mine]
     trained = [entry for entry in stages if runs.state(entry.run) == "finished"]

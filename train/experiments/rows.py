@@ -11,6 +11,7 @@ from typing import Any
 from rcl_fast.train.experiments import runs
 from rcl_fast.train.experiments.job_queue import LOG, PROVENANCE
 from rcl_fast.train.experiments.setting import MAKES_IMBALANCE
+from rcl_fast.train.report.results import METRICS
 
 CLUSTERS = "clusters.json"
 
@@ -27,9 +28,9 @@ def row_of(of: runs.Run, second_stage: str | None = None) -> dict[str, Any] | No
     """Returns a finished run's figures, options and machine; None where it is not finished."""
     if runs.state(of) != "finished":
         return None
-    results = runs.read_json(of.folder / "metrics.json")
+    results = runs.read_json(of.folder / METRICS)
     if second_stage is not None:
-        results = runs.read_json(runs.second_stage_folder(of, second_stage) / "metrics.json")
+        results = runs.read_json(runs.second_stage_folder(of, second_stage) / METRICS)
         if not results:
             return None
     return {

@@ -14,6 +14,7 @@ from rcl_fast.train.errors import UserError
 from rcl_fast.train.experiments.setting import IGNORED, MAKES_IMBALANCE, Setting, arguments_of, flags, parsed, run_id
 from rcl_fast.train.experiments.tables import Column, Row
 from rcl_fast.train.options import Config
+from rcl_fast.train.report.results import METRICS
 from rcl_fast.train.rundir import checkpoint_files, status
 
 _COMMANDS = Path(__file__).parents[1]
@@ -63,11 +64,17 @@ def folder_of_data(data: Path | None, dataset: str) -> Path | None:
     return data / dataset if data is not None and (data / dataset).is_dir() else data
 
 
+def check_data(config: Config, data: Path | None) -> None:
+    """Raises UserError where the run needs a data set of files and nobody says where that is."""
+    if data is None and config.data.data is None and config.data.dataset != "digits_lt":
+        raise UserError(f"{config.data.dataset} is to be trained on: say where it is with --data DIR")
+
+
 def state(of: Run) -> State:
     """Returns how far the run is; raises UserError where the folder holds another run."""
     if (of.folder / "config.json").is_file():
         check_saved(of)
-    results = read_json(of.folder / "metrics.json")
+    results = read_json(of.folder / METRICS)
     trained = results and not results["interrupted"] and results["last_epoch"] == of.config.optimization.epochs
     if trained and status.read(of.folder) == "finished":  # with its report, which may have failed later
         return "finished"

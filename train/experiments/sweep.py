@@ -94,8 +94,7 @@ def _plan(options: SweepOptions, shared: Sequence[str]) -> Search:
         total = points if options.trials is None else min(points, options.trials)
     search = Search(options, space, tuple(shared), total)
     configs = [_config(search.arguments(parameters)) for parameters in corners(space)]
-    if options.data is None and configs[0].data.data is None and options.dataset != "digits_lt":
-        raise UserError(f"{options.dataset} is to be trained on: say where it is with --data DIR")
+    runs.check_data(configs[0], options.data)
     return search
 
 
@@ -160,12 +159,13 @@ def _short(value: Any) -> str:
 
 def show(search: Search) -> None:
     """Prints the table of all trials, the best one first."""
+    trials = study.trials(search.options.study)
     finished = {
         trial.number: study.best_validation(trial.folder)["balanced_accuracy"]
-        for trial in study.trials(search.options.study)
+        for trial in trials
         if trial.status == "finished"
     }
-    ordered = sorted(study.trials(search.options.study), key=lambda trial: -finished.get(trial.number, -1.0))
+    ordered = sorted(trials, key=lambda trial: -finished.get(trial.number, -1.0))
     table = Table("trial", *search.space)
     for name in ("validation", "epoch", "test", ""):
         table.add_column(name, justify="right")

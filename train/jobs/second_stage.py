@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -35,6 +34,7 @@ from rcl_fast.train.options import Config, OptimizationOptions, SecondStageOptio
 from rcl_fast.train.report import results
 from rcl_fast.train.report.results import Outcome
 from rcl_fast.train.rundir import checkpoints, status
+from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.hardware import Runtime, choose_runtime
 
 SOURCE_BATCH, SOURCE_RATE = 512, 0.2  # from the authors' cls_crt.yaml and cls_lws.yaml for ImageNet-LT
@@ -98,7 +98,7 @@ def second_stage(options: SecondStageOptions) -> Path:
 
 def _config(options: SecondStageOptions) -> Config:
     """Returns the run's configuration, with the options' changes to it. Raises UserError."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.processes_started() > 1:
         raise UserError("a second stage runs on one process: start it without torchrun")
     saved = saved_config(options.run)
     _check(options, saved)

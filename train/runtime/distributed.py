@@ -32,7 +32,7 @@ def init_process_group(device: torch.device, timeout_minutes: float) -> Iterator
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # NCCL, events and graphs belong to the current device
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = processes_started()
     if started == 1:
         yield
         return
@@ -50,6 +50,11 @@ def init_process_group(device: torch.device, timeout_minutes: float) -> Iterator
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     yield
     dist.destroy_process_group()  # not after an error: it may wait for processes that are gone
+
+
+def processes_started() -> int:
+    """Returns how many processes torchrun started, even before there is a group; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def world_size() -> int:
@@ -74,7 +79,7 @@ def group() -> Any:
 
 def local_rank() -> int | None:
     """Returns this process's number on its machine, even before there is a group; None in a run of one process."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    return int(os.environ.get("LOCAL_RANK", "0")) if processes_started() > 1 else None
 
 
 def all_reduce_counts(*counts: int) -> list[int]:

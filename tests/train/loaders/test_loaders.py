@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loader_batches import joined, same, tensors
 from PIL import Image
 
 from rcl_fast.train.data.samples import Samples
 from rcl_fast.train.loaders.base import (
-    Batch,
     Loader,
     StateMismatch,
     evaluation_spec,
@@ -85,17 +85,6 @@ def evaluation(name: LoaderName, samples: Samples, options: ViewOptions = OPTION
     return make_loader(name, spec, device=CPU, workers=0 if name == "torchvision" else 1)
 
 
-def same(first: list[Batch], second: list[Batch]) -> bool:
-    return len(first) == len(second) and all(
-        len(a.views) == len(b.views) and all(map(torch.equal, tensors(a), tensors(b)))
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def tensors(batch: Batch) -> tuple[torch.Tensor, ...]:
-    return (*batch.views, batch.labels, batch.indices)
-
-
 @pytest.mark.parametrize("name", LOADERS)
 def test_epochs_repeat_go_on_from_any_step_and_survive_being_broken_off(name: LoaderName) -> None:
     samples = Samples(smooth(COUNT, 16), np.arange(COUNT) % 5)
@@ -145,15 +134,7 @@ def test_processes_see_what_one_process_sees(name: LoaderName) -> None:
     samples = Samples(smooth(COUNT, 16), np.arange(COUNT) % 5)
     whole = list(training(name, samples).epoch(0))
     ranks = [list(training(name, samples, rank=rank, world_size=2).epoch(0)) for rank in range(2)]
-    joined = [
-        Batch(
-            tuple(map(torch.cat, zip(one.views, other.views, strict=True))),
-            torch.cat([one.labels, other.labels]),
-            torch.cat([one.indices, other.indices]),
-        )
-        for one, other in zip(*ranks, strict=True)
-    ]
-    assert same(joined, whole)
+    assert same(joined(*ranks), whole)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

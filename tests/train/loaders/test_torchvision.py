@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loader_batches import joined, same
 from PIL import Image
 
 from rcl_fast.train.data.samples import BadImage, Samples
@@ -60,14 +61,6 @@ def epochs(workers: int, seed: int = 0) -> list[list[Batch]]:
     return [list(loader.epoch(epoch)) for epoch in (0, 1, 0)]
 
 
-def same(first: list[Batch], second: list[Batch]) -> bool:
-    return len(first) == len(second) and all(
-        all(map(torch.equal, (*a.views, a.labels, a.indices), (*b.views, b.labels, b.indices)))
-        and len(a.views) == len(b.views)
-        for a, b in zip(first, second, strict=True)
-    )
-
-
 @pytest.fixture(scope="module")
 def without_workers() -> list[list[Batch]]:
     return epochs(workers=0)
@@ -113,15 +106,7 @@ class TestTrainingLoader:
         make = partial(training_loader, noise(22))
         whole = list(make().epoch(3))
         ranks = [list(make(rank=rank, world_size=2).epoch(3)) for rank in range(2)]
-        joined = [
-            Batch(
-                tuple(map(torch.cat, zip(one.views, other.views, strict=True))),
-                torch.cat([one.labels, other.labels]),
-                torch.cat([one.indices, other.indices]),
-            )
-            for one, other in zip(*ranks, strict=True)
-        ]
-        assert same(whole, joined)
+        assert same(whole, joined(*ranks))
 
     def test_the_global_generators_are_left_alone(self) -> None:
         def states() -> tuple:
