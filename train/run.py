@@ -30,11 +30,14 @@ def _train_recorded(config: Config) -> None:
     """Trains such that torchrun shows the traceback of the process that failed first, where there is need of one."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from rcl_fast.train.runtime import signals
+
     @record
     def recorded() -> None:
         with exit_with_message():  # an error for people has no traceback to show
             _train(config)
 
+    signals.stop_with_parent()
     recorded()
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from rcl_fast.train.loop.training import Training, resume_training, start_traini
 from rcl_fast.train.options import Config
 from rcl_fast.train.report import results
 from rcl_fast.train.report.results import Outcome
-from rcl_fast.train.rundir import checkpoint_files, checkpoints, restarts, status
+from rcl_fast.train.rundir import checkpoint_files, checkpoints, restarts, status, writer
 from rcl_fast.train.rundir.logs import RunLog, SilentLog
 from rcl_fast.train.runtime import distributed, signals
 from rcl_fast.train.runtime.files import write_text
@@ -78,11 +78,12 @@ def _warn_only_off_main() -> Iterator[None]:
 
 
 def _run(config: Config, runtime: Runtime, should_stop: ShouldStop) -> Path:
-    job = _prepare(config, runtime)
-    with _record_status(job.folder):
-        interrupted = _train(job, should_stop)
-        best, last = _test(job, should_stop)
-        figures = _report(job, best, last, interrupted)
+    with ExitStack() as ends:
+        job = _prepare(config, runtime, ends)
+        with _record_status(job.folder):
+            interrupted = _train(job, should_stop)
+            best, last = _test(job, should_stop)
+            figures = _report(job, best, last, interrupted)
     if distributed.is_main():
         results.show(figures)
     _logger.info(f"report: {job.folder / results.REPORT}")
@@ -101,8 +102,11 @@ class _Job(NamedTuple):
     folder: Path
 
 
-def _prepare(config: Config, runtime: Runtime) -> _Job:
-    """Loads data and network, resumes, and makes the folder of results. Nothing is written there before."""
+def _prepare(config: Config, runtime: Runtime, ends: ExitStack) -> _Job:
+    """Loads data and network, resumes, and makes the folder of results. Nothing is written there before.
+
+    Until `ends` is closed, no other run writes there.
+    """
     check_shared(config, distributed.world_size())
     splits = build.load(config)
     config = distributed.broadcast_object(build.with_loader(config, splits, runtime))
@@ -113,7 +117,7 @@ def _prepare(config: Config, runtime: Runtime) -> _Job:
     validation_loader = build.evaluation_loader(config, splits.validation, runtime)
     if config.run.resume is not None:
         _resume(training, training_loader, config.run.resume)
-    folder = distributed.run_on_main(lambda: _prepare_folder(config))
+    folder = distributed.run_on_main(lambda: _prepare_folder(config, ends))
     job = _Job(config, splits, training, training_loader, validation_loader, step, folder)
     _log_start(job)
     return job
@@ -143,8 +147,8 @@ def _resume(training: Training, training_loader: Loader, folder: Path) -> None:
     distributed.run_on_main(lambda: checkpoints.set_aside(newest.damaged))
 
 
-def _prepare_folder(config: Config) -> Path:
-    """Makes the folder of results and writes the resolved configuration there; never overwrites another run."""
+def _prepare_folder(config: Config, ends: ExitStack) -> Path:
+    """Makes the folder of results, locks it and writes the resolved configuration there; overwrites no other run."""
     folder = config.run.output
     if folder is not None and checkpoint_files.exist(folder) and config.run.resume is None:
         raise UserError(f"--output {folder} already holds a run: go on with --resume {folder}, or name another folder")
@@ -152,6 +156,7 @@ def _prepare_folder(config: Config) -> Path:
         if folder is None:
             folder = _new_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
+        ends.enter_context(writer.only_writer(folder))
         checkpoints.clear_unfinished(folder)
         write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         status.write(folder, "running")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -28,6 +30,8 @@ class TorchvisionLoader:
         self.steps_per_epoch = len(spec.batches(0))
         self.fingerprint = fingerprint(spec, "torchvision")
         self._keys: list[list[tuple[int, int]]] = []
+        if workers > 0:
+            atexit.register(_kill_workers)
         transforms = [view(kind, spec.options) for kind in spec.kinds] or [evaluation_view(spec.options)]
         self._torch = DataLoader(
             _Views(spec.samples, transforms, spec.seed),
@@ -119,3 +123,11 @@ def outlive_in_worker(_: int) -> None:
     """Keeps a loader's process alive through signals to the whole job, until the run has saved itself."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS) and None)
+
+
+def _kill_workers() -> None:
+    """Ends loaders' processes where an error has left some: Python would send SIGTERM, and wait until they heed it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for each
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -48,13 +48,13 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint holds. It is a collective, as it gathers the random state of each process."""
-        contrastive = self.objective.contrastive
+        objective = self.objective.state_dict()
         return {
             "of": _origin(self.config, len(self.class_counts)),
             "class_counts": self.class_counts,
             "model": self.model.state_dict(),
-            "objective": self.objective.state_dict(),
-            "compression": None if contrastive is None else contrastive.compression,
+            "compression": objective.pop("contrastive.compression", None),  # its place in earlier versions' files too
+            "objective": objective,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),

@@ -20,9 +20,9 @@ def arguments(given: Sequence[str]) -> list[str]:
     """
     given = list(given)
     options = {argument.split("=")[0] for argument in given}
-    if "--resume" in options or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not _record().is_file():
+    if "--resume" in options or not _restarted():
         return given
-    folder = Path(_record().read_text(encoding="utf-8").strip())
+    folder = Path(_read()[0])
     if checkpoint_files.exist(folder):
         return [*given, "--resume", str(folder)]
     return given if "--output" in options else [*given, "--output", str(folder)]
@@ -32,13 +32,33 @@ def remember(folder: Path) -> None:
     """Records the folder of this torchrun's run; only the main process calls it. Raises OSError."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         FOLDERS.mkdir(parents=True, exist_ok=True)
-        write_text(_record(), f"{folder}\n")
+        write_text(_record(), f"{folder}\n{_agent()}\n")
 
 
 def forget() -> None:
     """Removes, at a first start, the record of an earlier run with the same id."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "0":
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "0" and not _restarted():
         _record().unlink(missing_ok=True)
+
+
+def _restarted() -> bool:
+    """Returns whether torchrun has started this run before.
+
+    The count is each node's own. It stays 0 where another node's failure came first and this node only joined it again.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    return count is not None and _record().is_file() and (count != "0" or _agent() in _read()[1:])
+
+
+def _read() -> list[str]:
+    """Returns the recorded folder, and the torchrun of the process that recorded it."""
+    return _record().read_text(encoding="utf-8").splitlines()
+
+
+def _agent() -> str:
+    """Returns a name of this node's torchrun, with the random part of its log folder: numbers of processes recur."""
+    log = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents  # LOG/attempt_0/0/error.json
+    return f"{socket.gethostname()}-{os.getppid()} {log[2].name if len(log) > 2 else ''}".strip()
 
 
 def _record() -> Path:

@@ -6,6 +6,8 @@ Every function named after a collective of torch.distributed is one: all process
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,11 +47,35 @@ def init_process_group(device: torch.device, timeout_minutes: float) -> Iterator
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives a restart, and with it the addresses of the processes that are gone.
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(_name_of_this_start(store, rank, world, timeout), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     yield
     dist.destroy_process_group()  # not after an error: it may wait for processes that are gone
+
+
+def _name_of_this_start(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
+    """Returns a name that the processes of this start share, and those of no other start, before there is a group.
+
+    torchrun's store outlives a restart, and with it the addresses of processes that are gone. Its count of restarts is
+    no such name: it is each node's own, and differs where one node's failure was noticed by another one's torchrun.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"process {rank}", mine)
+        name = store.get(mine).decode()
+        store.set(f"{name} process {rank}", "is here")
+        return name
+    others, deadline = set(range(1, world)), time.monotonic() + timeout.total_seconds()
+    while others:
+        for other in list(others):
+            if store.check([f"{mine} process {other}"]):
+                others.remove(other)
+            elif store.check([f"process {other}"]):  # what it says may be from an earlier start: then ask again
+                store.set(store.get(f"process {other}").decode(), mine)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout} for processes {sorted(others)} of {world} to start")
+        time.sleep(0.02)
+    return mine
 
 
 def processes_started() -> int:

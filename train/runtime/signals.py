@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from rcl_fast.train.runtime import distributed
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+
+
+def stop_with_parent() -> None:
+    """Has the system send SIGTERM to this process when its parent dies: without torchrun nobody would ever stop it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def never() -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -325,7 +326,7 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.time, "strftime", lambda _: "20260101-000000")
     config = parse([])
-    assert [train._prepare_folder(config).name for _ in range(2)] == [
+    assert [train._prepare_folder(config, ExitStack()).name for _ in range(2)] == [
         "digits_lt-bcl_rcl-resnet32-20260101-000000",
         "digits_lt-bcl_rcl-resnet32-20260101-000000-2",
     ]

@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -170,3 +172,21 @@ def test_torch_has_nothing_to_warn_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert list(evaluation_loader(noise(3), batch_size=2, workers=1).epoch(0))
+
+
+AN_ERROR = """
+import sys
+sys.path.insert(0, {folder!r})
+import test_torchvision
+test_torchvision.torchvision.WORKER_GRACE_SECONDS = 100_000
+batches = test_torchvision.training_loader(test_torchvision.noise(22), workers=2).epoch(0)
+next(batches)
+raise RuntimeError("the run is broken")
+"""
+
+
+def test_an_error_does_not_wait_for_the_workers() -> None:
+    """They outlive a SIGTERM for a while, also the one that Python sends when it ends."""
+    code = AN_ERROR.format(folder=str(Path(__file__).parent))
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert ended.stderr.splitlines()[-1] == "RuntimeError: the run is broken"

@@ -12,6 +12,7 @@ def torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of torchrun that made the folder "run", and was then restarted."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job/7")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/logs/job_one/attempt_0/0/error.json")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     Path("run").mkdir()
@@ -37,10 +38,19 @@ def test_a_first_start_knows_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even that of an earlier run of the same id."""
     Path("run/last.pt").touch()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/logs/job_two/attempt_0/0/error.json")
     assert restarts.arguments([]) == []
     restarts.forget()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert restarts.arguments([]) == []
+
+
+def test_a_restart_that_torchrun_did_not_count_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another node's process failed, and this node's torchrun joined that node's again: its own count is still 0."""
+    Path("run/last.pt").touch()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    restarts.forget()
+    assert restarts.arguments([]) == ["--resume", "run"]
 
 
 def test_runs_without_an_id_of_their_own_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
-"""The mean over processes as an autograd Function; test_together.py has its values."""
+"""The mean over processes as an autograd Function; test_together.py has its values. The name of a start."""
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -15,3 +17,21 @@ def test_the_mean_is_no_tensor_that_was_changed_in_place(monkeypatch: pytest.Mon
     mean = collectives._AllReduceMean.forward(context, torch.tensor(3.0), torch.tensor(2.0))
     assert mean == 3
     assert mean._version == 0
+
+
+def test_the_processes_of_a_start_agree_on_a_name_whatever_an_earlier_one_left_in_the_store() -> None:
+    store, time = torch.distributed.HashStore(), timedelta(minutes=10)
+    names = []
+    for late in (0, 1, 2):
+        with ThreadPoolExecutor() as pool:
+            ranks = [*(rank for rank in range(3) if rank != late), late]
+            found = list(pool.map(lambda rank: collectives._name_of_this_start(store, rank, 3, time), ranks))
+        assert len(set(found)) == 1
+        names.append(found[0])
+    assert len(set(names)) == 3
+
+
+def test_a_process_that_does_not_start_is_named() -> None:
+    store = torch.distributed.HashStore()
+    with pytest.raises(TimeoutError, match=r"waited 0:00:00 for processes \[1\] of 2 to start"):
+        collectives._name_of_this_start(store, 0, 2, timedelta())
