@@ -7,7 +7,7 @@ Shapes, dtypes and devices are always checked. Values are checked where that cos
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, distributed
 
 REDUCTIONS = ("mean", "sum", "none")
+IGNORED = -100  # PyTorch's ignore_index: the label of a sample that a loss of logits leaves out
+SUM_TOLERANCE = 0.01  # of probabilities: in bfloat16 a number near 1 and its part of a sum round by 0.004 each
+TEMPERATURES = (1e-30, 1e30)
 
 
 def check_features(features: Tensor) -> None:
@@ -37,8 +40,12 @@ def check_labels(labels: Tensor, features: Tensor) -> None:
     """Raises unless labels are integers, [N] for features [N, D] and [B] for [B, V, D], on the features' device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor of integers, got {type(labels).__name__}")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}; use labels.long()")
+    _check_integers(labels)
+    if _is_batched(labels):
+        raise ValueError(
+            "labels must be the same for all that torch.func.vmap runs over, and it runs over them too; call the loss "
+            "once for each set of labels"
+        )
     expected = [features.shape[0]]
     if list(labels.shape) != expected:
         hint = ""
@@ -66,6 +73,83 @@ def check_label_values(labels: Tensor, num_classes: int, validate: bool = False)
         )
 
 
+def check_logits(logits: Tensor, class_vector: Tensor | None = None) -> None:
+    """Raises unless logits are [N, C], floating point, with the C and the device of what a loss holds of each class."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a torch.Tensor [N, C], got {type(logits).__name__}")
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(
+            f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}; "
+            "pass the classifier's output as it is"
+        )
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        hint = "; of pixels or tokens make rows: logits.movedim(1, -1).flatten(0, -2), labels.flatten()"
+        raise ValueError(
+            f"logits must be [N, C], a row a sample and a column a class, with C >= 1; got {list(logits.shape)}"
+            f"{hint if logits.ndim > 2 else ''}"
+        )
+    if class_vector is None:
+        return
+    if len(class_vector) != logits.shape[1]:
+        raise ValueError(
+            f"logits must have one column per class, [N, {len(class_vector)}], as class_counts have "
+            f"{len(class_vector)} classes; got {list(logits.shape)}"
+        )
+    _check_device("class_counts", class_vector, logits.device, "logits")
+
+
+def check_class_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raises unless labels are integers [N] for logits [N, C], on their device.
+
+    Raises ValueError for a label that is neither in [0, C) nor −100, where values can be read.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor of integers, got {type(labels).__name__}")
+    _check_integers(labels)
+    samples, classes = logits.shape
+    if list(labels.shape) != [samples]:
+        hint = "; where each row has a single 1, take labels.argmax(dim=1)" if labels.shape == logits.shape else ""
+        raise ValueError(
+            f"labels must have shape {[samples]} to match logits {[samples, classes]}, got {list(labels.shape)}{hint}"
+        )
+    _check_device("labels", labels, logits.device, "logits")
+    if not _values_can_be_read(labels, validate=False):
+        return
+    labels = labels.long()  # unsigned integers can't be compared in PyTorch
+    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= classes))
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, {classes}), the columns of logits, or be {IGNORED} for samples to leave out; "
+            f"sample {first} has {int(labels[first])} ({int(wrong.sum())} such of {samples})"
+        )
+
+
+def check_class_or_soft_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raises unless labels are `check_class_labels`' integers, or floating [N, C], probabilities in each row."""
+    if not isinstance(labels, Tensor) or not labels.dtype.is_floating_point or labels.ndim < 2:
+        check_class_labels(labels, logits)
+        return
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels must be integers {[len(logits)]}, or probabilities {list(logits.shape)} as logits are; got "
+            f"{labels.dtype} {list(labels.shape)}"
+        )
+    _check_device("labels", labels, logits.device, "logits")
+    if not _values_can_be_read(labels, validate=False):
+        return
+    sums = labels.sum(dim=1, dtype=torch.float64)
+    wrong = ~((sums - 1).abs() <= SUM_TOLERANCE) | (labels < 0).any(dim=1)
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            "floating labels must be probabilities, none below 0, that sum to 1 in each row; sample "
+            f"{first} sums to {sums[first].item():g}, its least is {labels[first].min().item():g} ({int(wrong.sum())} "
+            f"such of {len(labels)}); of several labels for one sample make shares: labels / labels.sum(dim=1, "
+            "keepdim=True)"
+        )
+
+
 def check_prototypes(prototypes: Tensor, features: Tensor) -> None:
     """Raises unless prototypes are [C, D], floating point, with the features' D and device."""
     if not isinstance(prototypes, Tensor):
@@ -86,26 +170,61 @@ def check_class_counts(class_counts: Tensor, rebalance: bool, validate: bool = F
     _check_class_vector("class_counts", class_counts)
     if not rebalance or not _values_can_be_read(class_counts, validate):
         return
-    wrong = ~(class_counts > 0) | ~class_counts.isfinite()
+    counts = class_counts.double()  # unsigned integers can't be compared in PyTorch
+    wrong = ~(counts > 0) | ~counts.isfinite()
     if wrong.any():
-        first = int(wrong.nonzero()[0])
         raise ValueError(
-            f"class_counts must be finite and above 0, as rebalance=True takes log(class_counts); class {first} has "
-            f"{class_counts[first].item()} ({int(wrong.sum())} such of {len(class_counts)}); leave out classes "
-            "without training samples"
+            "class_counts must be finite and above 0, as the loss takes log(class_counts); "
+            f"{_first_class(wrong, class_counts)}; leave out classes without training samples"
         )
 
 
 def check_compression(compression: Tensor, validate: bool = False) -> None:
-    """Raises unless compression is [C] finite factors, none below 0."""
+    """Raises unless compression is [C] factors that float32 holds, none below 0."""
     _check_class_vector("compression", compression)
     if not _values_can_be_read(compression, validate):
         return
-    wrong = ~(compression >= 0) | ~compression.isfinite()
+    wrong = ~(compression.double() >= 0) | ~compression.float().isfinite()  # unsigned integers have no >= in PyTorch
     if wrong.any():
-        first = int(wrong.nonzero()[0])
         raise ValueError(
-            f"compression must hold a finite factor >= 0 for each class; class {first} has {compression[first].item()}"
+            f"compression must hold a factor >= 0 that is finite in float32 for each class; "
+            f"{_first_class(wrong, compression)}"
+        )
+
+
+def check_sample_counts(class_counts: Tensor) -> None:
+    """Raises unless class_counts are [C] finite numbers, 1 or more: what has an effective number of samples."""
+    check_class_counts(class_counts, rebalance=True)
+    if not _values_can_be_read(class_counts, validate=False):
+        return
+    wrong = class_counts.double() < 1
+    if wrong.any():
+        raise ValueError(
+            "class_counts must be numbers of images, 1 or more, to have an effective number; "
+            f"{_first_class(wrong, class_counts)}; shares of a data set have none"
+        )
+
+
+def check_class_weights(class_weights: Tensor) -> None:
+    """Raises unless class_weights are [C] finite weights above 0."""
+    _check_class_vector("class_weights", class_weights)
+    if not _values_can_be_read(class_weights, validate=True):
+        return
+    wrong = ~(class_weights > 0) | ~class_weights.isfinite()
+    if wrong.any():
+        raise ValueError(f"class_weights must be finite and above 0; {_first_class(wrong, class_weights)}")
+
+
+def check_class_accuracy(class_accuracy: Tensor) -> None:
+    """Raises unless class_accuracy is [C] fractions in [0, 1]; NaN is one that is not known."""
+    _check_class_vector("class_accuracy", class_accuracy)
+    if not _values_can_be_read(class_accuracy, validate=True):
+        return
+    wrong = (class_accuracy < 0) | (class_accuracy > 1)
+    if wrong.any():
+        raise ValueError(
+            "class_accuracy must be fractions in [0, 1], or NaN for a class without images; "
+            f"{_first_class(wrong, class_accuracy)}; divide percentages by 100"
         )
 
 
@@ -117,11 +236,59 @@ def check_class_rows_agree(rows: dict[str, int]) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises unless temperature is a finite number above 0."""
+    """Raises unless temperature is a number in [1e-30, 1e30]: float32 then holds 1/T, and sums of many such logits."""
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a Python number, got {type(temperature).__name__}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be finite and above 0, got {temperature} (the paper uses 0.1)")
+    least, largest = TEMPERATURES
+    if not least <= temperature <= largest:  # NaN neither
+        raise ValueError(
+            f"temperature must be above 0, from {least:g} to {largest:g}, got {temperature} (the paper uses 0.1)"
+        )
+
+
+def check_number(name: str, value: float, holds: Callable[[float], bool], expected: str) -> None:
+    """Raises unless value is a Python number that `holds`; `expected` says the same in words."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    if not holds(float(value)):
+        raise ValueError(f"{name} must {expected}, got {value}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raises unless value is a finite Python number, 0 or above."""
+    check_number(name, value, lambda number: 0 <= number < math.inf, "be finite and not below 0")
+
+
+def check_beta(beta: float) -> None:
+    """Raises unless beta, of the effective number of samples, is a Python number in [0, 1)."""
+    check_number("beta", beta, lambda number: 0 <= number < 1, "lie in [0, 1)")
+
+
+def check_transforms(features: Tensor, prototypes: Tensor | None, backend: str, group: Any) -> None:
+    """Raises RuntimeError where torch.func transforms the rows of a loss that does not run under it."""
+    rows = [features] if prototypes is None else [features, prototypes]
+    if torch.compiler.is_compiling() or not any(map(torch._C._functorch.is_functorch_wrapped_tensor, rows)):
+        return
+    who = f"backend={backend!r}" if group is None else "the loss with group="
+    if group is not None or backend == "tiled":
+        raise RuntimeError(f"{who} does not run under torch.func; use backend='dense' there, in one process")
+    if backend != "dense" and any(map(_is_batched, rows)):
+        raise RuntimeError(f"{who} does not run under torch.func.vmap; use backend='dense' there")
+
+
+def check_constant(name: str, values: Tensor) -> None:
+    """Raises ValueError for values of the classes that autograd follows: only plain PyTorch has a gradient by them."""
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require grad, as this backend has no gradient by it; pass {name}.detach(), or use "
+            "backend='dense' in one process"
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless value is True or False; a word like "no" would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -162,12 +329,45 @@ def _check_class_vector(name: str, values: Tensor) -> None:
         raise TypeError(f"{name} must hold numbers, got {values.dtype}")
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def _first_class(wrong: Tensor, values: Tensor) -> str:
+    """Returns the first wrong class of [C] with its value, and how many are wrong, as words."""
+    first = int(wrong.nonzero()[0])
+    return f"class {first} has {values[first].item()} ({int(wrong.sum())} such of {len(values)})"
+
+
+def _check_integers(labels: Tensor) -> None:
+    if not (labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool):
+        return
+    if labels.ndim > 1 and labels.shape[-1] > 1:
+        raise TypeError(
+            f"labels must be integers, one class a sample, got {labels.dtype} {list(labels.shape)}; soft and multi-hot "
+            "labels have no meaning here: for two mixed labels a and b (mixup) mix two losses, lam * loss(..., a) + "
+            "(1 - lam) * loss(..., b); where each row has a single 1, take labels.argmax(dim=1)"
+        )
+    raise TypeError(
+        f"labels must have an integer dtype, got {labels.dtype}; where they are whole numbers use labels.long()"
+    )
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device, reference: str = "features") -> None:
     if tensor.device != device:
         raise ValueError(
-            f"{name} is on {tensor.device}, features on {device}; move it, or its module, by .to({str(device)!r})"
+            f"{name} is on {tensor.device}, {reference} on {device}; move it, or its module, by .to({str(device)!r})"
         )
 
 
 def _values_can_be_read(tensor: Tensor, validate: bool) -> bool:
-    return not torch.compiler.is_compiling() and (validate or tensor.device.type == "cpu")
+    if torch.compiler.is_compiling() or tensor.is_meta or _is_batched(tensor):
+        return False
+    return validate or tensor.device.type == "cpu"
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Returns whether vmap runs over the tensor, within torch.func.grad or not: its values then decide no branch."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False

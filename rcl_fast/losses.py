@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rcl_fast import checks
 from rcl_fast.backends import select
 from rcl_fast.cross_entropy import LDAM, BalancedSoftmax, CBFocal, CrossEntropy, LogitAdjusted
+from rcl_fast.exact_buffers import ExactBuffers
 from rcl_fast.functional import contrastive_loss
 from rcl_fast.presets import PRESETS, Preset
 
@@ -26,8 +28,11 @@ __all__ = [
 ]
 
 
-class ContrastiveLoss(nn.Module):
+class ContrastiveLoss(ExactBuffers):
     """`contrastive_loss` with its options fixed; the options' values are checked once, here.
+
+    A state dict holds the compression, and a state dict without it, as earlier versions wrote, loads as none. Class
+    counts are not in it: they belong to the data. `copy.deepcopy` shares the group; a process group can't be pickled.
 
     Args:
         class_counts: [C] training images a class; needed by `rebalance`. A buffer: moves with the module.
@@ -66,7 +71,7 @@ class ContrastiveLoss(nn.Module):
         elif rebalance:
             raise ValueError("rebalance=True needs class_counts: [C], the training images of each class")
         self.register_buffer("class_counts", class_counts, persistent=False)
-        self.register_buffer("compression", None, persistent=False)
+        self.register_buffer("compression", None)
         self.set_compression(compression)
         self.temperature = temperature
         self.class_average = class_average
@@ -95,15 +100,40 @@ class ContrastiveLoss(nn.Module):
         return loss
 
     def set_compression(self, compression: Tensor | Sequence[float] | None) -> None:
-        """Sets the factors [C] on the unit features of each class (section 3.3.2); None: 1 everywhere."""
+        """Sets the factors [C] on the unit features of each class (section 3.3.2); None: 1 everywhere.
+
+        They go to the device of class_counts, or of the factors before.
+
+        Raises:
+            TypeError, ValueError: they are not one finite factor, 0 or above, for each class.
+        """
         if compression is not None:
             compression = checks.as_class_vector("compression", compression).clone()
             checks.check_compression(compression, validate=True)
             if self.class_counts is not None:
                 rows = {"class_counts": len(self.class_counts), "compression": len(compression)}
                 checks.check_class_rows_agree(rows)
-                compression = compression.to(self.class_counts.device)
+            held = self.compression if self.class_counts is None else self.class_counts
+            if held is not None:
+                compression = compression.to(held.device)
         self.compression = compression
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Sets the compression, or none, before PyTorch loads; what is wrong with it goes to the errors."""
+        key = f"{prefix}compression"
+        *_, errors = arguments
+        try:
+            self.set_compression(state_dict.get(key))
+        except (TypeError, ValueError) as error:
+            errors.append(f"{key}: {error}")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContrastiveLoss:
+        memo[id(self.group)] = self.group  # a copy computes with the same processes
+        copied = memo[id(self)] = self.__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, features: Tensor, labels: Tensor, prototypes: Tensor | None = None) -> Tensor:
         """Returns a scalar, or [N] for "none"; features [N, D] or [B, V, D], labels [N] or [B], prototypes [C, D]."""

@@ -60,11 +60,6 @@ def test_compression_can_be_set_and_unset() -> None:
     assert criterion(case["features"], case["labels"]) == without
 
 
-def test_the_module_keeps_nothing_in_a_state_dict() -> None:
-    """Class counts belong to the data, so that a checkpoint of one data set never sets another's."""
-    assert not ContrastiveLoss.preset("bcl_rcl", COUNTS).state_dict()
-
-
 def test_cross_entropy_and_logit_adjustment_written_out() -> None:
     prior = COUNTS.double() / COUNTS.sum()
     for criterion, tau in [
@@ -75,11 +70,11 @@ def test_cross_entropy_and_logit_adjustment_written_out() -> None:
     ]:
         weighted = prior**tau * LOGITS.exp()
         expected = -(weighted[range(4), LABELS] / weighted.sum(dim=1)).log().mean()
-        torch.testing.assert_close(criterion(LOGITS, LABELS).double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(criterion(LOGITS, LABELS), expected)
 
 
 def test_balanced_softmax_is_about_counts_not_shares() -> None:
-    assert BalancedSoftmax(COUNTS)(LOGITS, LABELS) == BalancedSoftmax(COUNTS * 7)(LOGITS, LABELS)
+    torch.testing.assert_close(BalancedSoftmax(COUNTS)(LOGITS, LABELS), BalancedSoftmax(COUNTS * 7)(LOGITS, LABELS))
 
 
 def test_cb_focal_written_out() -> None:
@@ -107,23 +102,19 @@ def test_cb_focal_is_finite_for_huge_logits() -> None:
 def test_ldam_margins() -> None:
     # n^(-1/4), the rarest class at max_margin: (10/900)^(1/4) = 0.32467, (10/90)^(1/4) = 0.57735
     criterion = LDAM(COUNTS, max_margin=0.5, scale=30)
-    torch.testing.assert_close(criterion.margins / 30, torch.tensor([0.162335, 0.288675, 0.5]), rtol=1e-5, atol=0)
+    expected = torch.tensor([0.162335, 0.288675, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(criterion.margins / 30, expected, rtol=1e-5, atol=0)
     lowered = LOGITS.clone()
     for row, label in enumerate(LABELS):
         lowered[row, label] -= criterion.margins[label].item()
-    expected = F.cross_entropy(lowered, LABELS).float()
-    torch.testing.assert_close(criterion(LOGITS, LABELS), expected)
+    torch.testing.assert_close(criterion(LOGITS, LABELS), F.cross_entropy(lowered, LABELS))
 
 
-def test_ldam_reweights_when_told_and_a_checkpoint_remembers() -> None:
+def test_ldam_reweights_when_told() -> None:
     criterion = LDAM(COUNTS)
     before = criterion(LOGITS, LABELS)
     criterion.reweight()
-    after = criterion(LOGITS, LABELS)
-    assert before != after
-    restored = LDAM(COUNTS)
-    restored.load_state_dict(criterion.state_dict())
-    assert restored(LOGITS, LABELS) == after
+    assert criterion(LOGITS, LABELS) != before
 
 
 @pytest.mark.parametrize("make", [LogitAdjusted, BalancedSoftmax, CBFocal, LDAM])
@@ -135,4 +126,6 @@ def test_a_class_without_images_is_refused(make: type) -> None:
 @pytest.mark.parametrize("make", [lambda c: CrossEntropy(), LogitAdjusted, BalancedSoftmax, CBFocal, LDAM])
 def test_half_precision_logits_are_computed_in_float32(make: type) -> None:
     logits = LOGITS.to(torch.bfloat16)
-    assert make(COUNTS)(logits, LABELS) == make(COUNTS)(logits.float(), LABELS)
+    loss = make(COUNTS)(logits, LABELS)
+    assert loss.dtype == torch.float32
+    assert loss == make(COUNTS)(logits.float(), LABELS)
