@@ -273,8 +273,8 @@ def test_bytes_sent(processes: Processes, dtype: torch.dtype, reduction: str) ->
     case = draw_case(30, 7, class_average=True).to(dtype)
     sizes, options = [13, 8, 9], {"reduction": reduction, "backend": "tiled"}
     for sent, names in processes.run(3, counted, case, torch.ones(30), sizes, options):
-        assert sent == bytes_sent(13, 7, dtype)
-        # Sizes, features and labels, then lse with losses or with grad_output: no other gradient.
+        assert sent == bytes_sent(13, 7, dtype, softmax_numbers=2)
+        # Headers, features and labels, then the softmax with losses or with grad_output: no other gradient.
         assert names == ["c10d::_allgather_base_"] * 3
 
 
