@@ -9,13 +9,14 @@ from rcl_fast.kernels.pack import Packed
 from rcl_fast.kernels.tiles import load_rows
 
 
-@triton.jit(do_not_specialize=["row_start", "rows", "splits"])
+@triton.jit(do_not_specialize=["M", "row_start", "rows", "splits"])
 def project_kernel(
     p_parts,  # [SPLITS, rows, K] float32
-    p_keys,  # [M, K] raw rows
-    p_vectors,  # [3, M] scale first
+    p_keys,  # [M, K] raw rows over a power of two
+    p_vectors,  # [4, M] scale first, 1 / the power of two last
     p_grad_scale,  # [1] what the parts were multiplied by, with SCALED
     p_grad,  # [rows, D] out
+    M,
     row_start,  # the first row's index among the keys
     rows,
     splits,
@@ -37,11 +38,14 @@ def project_kernel(
     b_z = load_rows(p_keys, row_start + o_r, m_r, o_d, K).to(tl.float32)
     b_scale = tl.load(p_vectors + row_start + o_r, mask=m_r, other=0.0)
     # Both scales of `dlogits` hold √(log2(e)/T); log 2 leaves their product 1/T.
-    b_grad *= 0.6931471805599453 * b_scale[:, None]
+    p_inverse = p_vectors + 3 * M + row_start + o_r
     if NORMALIZE:  # the part along z goes, as length does not count; a zero row keeps all
+        b_grad *= 0.6931471805599453 * b_scale[:, None]
         b_zz = tl.sum(b_z * b_z, 1)
         b_along = tl.where(b_zz > 0, tl.sum(b_z * b_grad, 1) / tl.where(b_zz > 0, b_zz, 1.0), 0.0)
-        b_grad -= b_z * b_along[:, None]
+        b_grad = (b_grad - b_z * b_along[:, None]) * tl.load(p_inverse, mask=m_r, other=1.0)[:, None]
+    else:  # the scale holds the power of two, by which nothing is to be multiplied first
+        b_grad *= 0.6931471805599453 * (b_scale * tl.load(p_inverse, mask=m_r, other=1.0))[:, None]
     offsets = o_r.to(tl.int64)[:, None] * D + o_d[None, :]
     tl.store(p_grad + offsets, b_grad, mask=m_r[:, None] & (o_d < D)[None, :])
 
@@ -60,6 +64,7 @@ def project(
         vectors,
         grad_scale,
         out,
+        vectors.shape[1],
         row_start,
         rows,
         len(parts),

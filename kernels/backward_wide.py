@@ -18,8 +18,8 @@ _MIXED_PRODUCTS = torch.__version__ >= "2.8" and torch.version.cuda is not None
 
 @triton.jit(do_not_specialize=["N", "M", "row_start", "row_end", "key_end", "stride_grad_output"])
 def dlogits_kernel(
-    p_keys,  # [M, K] raw rows, the anchors first
-    p_vectors,  # [3, M] scale, bias, count
+    p_keys,  # [M, K] packed rows, the anchors first
+    p_vectors,  # [4, M] scale, bias, count, 1 / power of two
     p_key_labels,  # [M]
     p_lse,  # [N] base 2, +inf without a positive
     p_grad_output,  # [N] g, any stride

@@ -112,18 +112,32 @@ def packed_width(D: int) -> int:
     return -(-D // 16) * 16
 
 
-def must_pack(features: Tensor, prototypes: Tensor | None) -> bool:
-    """Returns whether the keys need a matrix of their own; otherwise they are the features as they are."""
-    return prototypes is not None or features.shape[1] != packed_width(features.shape[1])
+def exponents(dtype: torch.dtype, normalize: bool) -> int:
+    """Returns the largest exponent of a power of two that a packed row is divided by, and minus the smallest.
+
+    Unit rows take any that float32 holds, its inverse too. Others keep it in their scale, which must not overflow; in
+    float16 they stay as they are, as no product of them leaves float32, and dlogits times the scale is float16.
+    """
+    if normalize:
+        return 126
+    return 0 if dtype == torch.float16 else 60
+
+
+def headroom(dtype: torch.dtype, normalize: bool) -> int:
+    """Returns the exponent of a packed row's largest number: in float16 so high that small ones keep their bits."""
+    return 10 if normalize and dtype == torch.float16 else 0
 
 
 # Octaves of similarity up to which 2^s needs no running maximum: log2 n and log2 M on top leave it far inside float32.
 BOUNDED_OCTAVES = 32.0
 
 
-def is_bounded(temperature: float, normalize: bool, compressed: bool) -> bool:
-    """Returns whether 2^s needs no running maximum: |s| ≤ 1/T is certain for unit rows that nothing compresses.
+def is_bounded(temperature: float, normalize: bool, factors: Tensor | None, counts: Tensor | None) -> bool:
+    """Returns whether 2^s and 2^b need no running maximum.
 
-    Compression factors are values on the device, and may exceed 1.
+    |s| ≤ 1/T is certain for unit rows that nothing compresses, n < 2^64 for integers. Compression factors and floating
+    counts are values on the device, and may be any.
     """
-    return normalize and not compressed and math.log2(math.e) / temperature <= BOUNDED_OCTAVES
+    if not normalize or factors is not None or (counts is not None and counts.dtype.is_floating_point):
+        return False
+    return math.log2(math.e) / temperature <= BOUNDED_OCTAVES

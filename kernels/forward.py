@@ -13,8 +13,8 @@ from rcl_fast.kernels.tiles import load_rows, products, same_class_term
 
 @triton.jit(do_not_specialize=["N", "M", "tiles_per_split"])
 def forward_kernel(
-    p_keys,  # [M, K] raw rows, the anchors first
-    p_vectors,  # [3, M] scale, bias, count
+    p_keys,  # [M, K] packed rows, the anchors first
+    p_vectors,  # [4, M] scale, bias, count, 1 / power of two
     p_key_labels,  # [M]
     p_partials,  # [SPLITS, 3, N] out: running maximum, sum of 2^(s + b − maximum), sum of s over the positives; base 2
     N,

@@ -10,7 +10,7 @@ from torch import Tensor
 @triton.jit(do_not_specialize=["N", "M", "splits"])
 def combine_kernel(
     p_partials,  # [SPLITS, 3, N]
-    p_vectors,  # [3, M] scale, bias, count
+    p_vectors,  # [4, M] scale, bias, count, 1 / power of two
     p_loss,  # [N] out, natural logarithm
     p_lse,  # [N] out, base 2; +inf for an anchor without a positive, which makes its gradient 0
     N,

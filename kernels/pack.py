@@ -1,7 +1,6 @@
 """Does all that costs O((N + C)·D) in one launch: packs the keys, makes row scales and log-weights, counts classes."""
 
 # mypy: allow-untyped-defs
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,18 +19,32 @@ class KernelInputs(NamedTuple):
     labels: Tensor  # [N] contiguous, in [0, num_classes)
     class_counts: Tensor | None  # [C]
     compression: Tensor | None  # [C]
+    root: float | Tensor  # √(log2(e)/T); in traced code float32 [] on the device, so that T is no constant of a graph
     num_classes: int
-    temperature: float
     class_average: bool
     normalize: bool
+    bounded: bool  # `block_sizes.is_bounded`
 
 
 class Packed(NamedTuple):
     """The keys as the other kernels read them: the anchors, then the prototypes."""
 
-    keys: Tensor  # [M, K] raw rows; the features themselves where they need no packing
-    vectors: Tensor  # float32 [3, M]: scale, bias, count of the key's class
+    keys: Tensor  # [M, K] raw rows, each over a power of two
+    vectors: Tensor  # float32 [4, M]: scale, bias, count of the key's class, 1 / the power of two
     labels: Tensor  # int32 [M]
+
+
+@triton.jit
+def load_raw(p_features, p_prototypes, o_k, o_d, N, M, D: tl.constexpr, PROTOTYPES: tl.constexpr):
+    """Loads rows as they were given, [., DEPTH]: features, then prototypes; zeros behind D."""
+    m_d = (o_d < D)[None, :]
+    offsets = o_k.to(tl.int64)[:, None] * D + o_d[None, :]
+    b_z = tl.load(p_features + offsets, mask=(o_k < N)[:, None] & m_d, other=0.0)
+    if PROTOTYPES:
+        offsets = (o_k - N).to(tl.int64)[:, None] * D + o_d[None, :]
+        b_c = tl.load(p_prototypes + offsets, mask=((o_k >= N) & (o_k < M))[:, None] & m_d, other=0.0)
+        b_z = tl.where((o_k < N)[:, None], b_z, b_c)
+    return b_z
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -42,12 +55,12 @@ def pack_kernel(
     p_class_counts,  # [C]
     p_compression,  # [C]
     p_histogram,  # [C] anchors of each class; not read with SCAN
-    p_keys,  # [M, K] out with PACK: features, then prototypes, K = D rounded up, zeros behind D
-    p_vectors,  # [3, M] out: scale τ/‖z‖·√(log2(e)/T), bias b in base 2, count of the key's class
+    p_keys,  # [M, K] out: features, then prototypes, each over a power of two; K = D rounded up, zeros behind D
+    p_vectors,  # [4, M] out: scale τ/‖z‖·√(log2(e)/T), bias b in base 2, count of the key's class, 1 / power of two
     p_key_labels,  # [M] out, int32
     N,
     M,
-    root,  # √(log2(e)/T): on both sides of a product, so that it has the same bits from either side
+    root,  # √(log2(e)/T), or [] with LOAD_ROOT: on both sides of a product, for the same bits from either side
     D: tl.constexpr,
     K: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -56,7 +69,9 @@ def pack_kernel(
     COMPRESS: tl.constexpr,
     PROTOTYPES: tl.constexpr,
     SCAN: tl.constexpr,
-    PACK: tl.constexpr,
+    EXPONENTS: tl.constexpr,  # the largest of a power of two, and minus the smallest
+    HEADROOM: tl.constexpr,  # exponent of a packed row's largest number
+    LOAD_ROOT: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     LABELS: tl.constexpr,
@@ -69,25 +84,31 @@ def pack_kernel(
     if PROTOTYPES:
         b_y = tl.where(m_anchor, b_y, o_k - N)
 
-    b_squares = tl.zeros([ROWS], dtype=tl.float32)
-    if NORMALIZE or PACK:
-        for o in range(0, K, DEPTH):
-            o_d = o + tl.arange(0, DEPTH)
-            m_d = (o_d < D)[None, :]
-            offsets = o_k.to(tl.int64)[:, None] * D + o_d[None, :]
-            b_z = tl.load(p_features + offsets, mask=m_anchor[:, None] & m_d, other=0.0)  # [ROWS, DEPTH]
-            if PROTOTYPES:
-                offsets = (o_k - N).to(tl.int64)[:, None] * D + o_d[None, :]
-                b_c = tl.load(p_prototypes + offsets, mask=(m_k & (o_k >= N))[:, None] & m_d, other=0.0)
-                b_z = tl.where(m_anchor[:, None], b_z, b_c)
-            if PACK:
-                offsets = o_k.to(tl.int64)[:, None] * K + o_d[None, :]
-                tl.store(p_keys + offsets, b_z, mask=m_k[:, None] & (o_d < K)[None, :])
-            b_squares += tl.sum(b_z.to(tl.float32) * b_z.to(tl.float32), 1)
+    b_largest = tl.zeros([ROWS], dtype=tl.float32)
+    for o in range(0, K, DEPTH):
+        b_z = load_raw(p_features, p_prototypes, o_k, o + tl.arange(0, DEPTH), N, M, D, PROTOTYPES)  # [ROWS, DEPTH]
+        b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_z.to(tl.float32)), 1))
+    # 2^e from the bits of its exponent, so that nothing is rounded; it and its inverse are normal numbers.
+    b_exponent = (b_largest.to(tl.int32, bitcast=True) >> 23) - 127
+    b_exponent = tl.minimum(tl.maximum(b_exponent, -EXPONENTS), EXPONENTS) - HEADROOM
+    b_exponent = tl.where(b_largest == 0, 0, b_exponent)
+    b_inverse = ((127 - b_exponent) << 23).to(tl.float32, bitcast=True)
 
+    b_squares = tl.zeros([ROWS], dtype=tl.float32)
+    for o in range(0, K, DEPTH):
+        o_d = o + tl.arange(0, DEPTH)
+        b_z = load_raw(p_features, p_prototypes, o_k, o_d, N, M, D, PROTOTYPES).to(tl.float32) * b_inverse[:, None]
+        offsets = o_k.to(tl.int64)[:, None] * K + o_d[None, :]
+        tl.store(p_keys + offsets, b_z, mask=m_k[:, None] & (o_d < K)[None, :])
+        b_squares += tl.sum(b_z * b_z, 1)
+
+    if LOAD_ROOT:
+        root = tl.load(root)
     b_scale = tl.zeros([ROWS], dtype=tl.float32) + root
     if NORMALIZE:
         b_scale /= tl.sqrt_rn(tl.where(b_squares > 0, b_squares, 1.0))
+    else:
+        b_scale /= b_inverse
     if COMPRESS:
         b_scale *= tl.load(p_compression + b_y, mask=m_k, other=1).to(tl.float32)
 
@@ -105,13 +126,15 @@ def pack_kernel(
 
     b_bias = tl.zeros([ROWS], dtype=tl.float32)
     if REBALANCE:
-        b_bias += tl.log2(tl.load(p_class_counts + b_y, mask=m_k, other=1).to(tl.float32))
+        b_n = tl.load(p_class_counts + b_y, mask=m_k, other=1).to(tl.float64)  # a count may exceed float32
+        b_bias += tl.log2(b_n).to(tl.float32)
     if AVERAGE:
         b_bias -= tl.log2(tl.maximum(b_count, 1))
 
     tl.store(p_vectors + o_k, b_scale, mask=m_k)
     tl.store(p_vectors + M + o_k, b_bias, mask=m_k)
     tl.store(p_vectors + 2 * M + o_k, b_count, mask=m_k)
+    tl.store(p_vectors + 3 * M + o_k, b_inverse, mask=m_k)
     tl.store(p_key_labels + o_k, b_y, mask=m_k)
 
 
@@ -122,9 +145,8 @@ def pack(inputs: KernelInputs) -> Packed:
     M = N + (0 if prototypes is None else prototypes.shape[0])
     K = block_sizes.packed_width(D)
     device = features.device
-    must_pack = block_sizes.must_pack(features, prototypes)
-    keys = torch.empty(M, K, dtype=features.dtype, device=device) if must_pack else features
-    vectors = torch.empty(3, M, dtype=torch.float32, device=device)
+    keys = torch.empty(M, K, dtype=features.dtype, device=device)
+    vectors = torch.empty(4, M, dtype=torch.float32, device=device)
     key_labels = torch.empty(M, dtype=torch.int32, device=device)
     scan = N <= block_sizes.SCAN_LIMIT
     pack_kernel[(triton.cdiv(M, 16),)](
@@ -139,7 +161,7 @@ def pack(inputs: KernelInputs) -> Packed:
         key_labels,
         N,
         M,
-        math.sqrt(math.log2(math.e) / inputs.temperature),
+        inputs.root,
         D=D,
         K=K,
         NORMALIZE=inputs.normalize,
@@ -148,7 +170,9 @@ def pack(inputs: KernelInputs) -> Packed:
         COMPRESS=inputs.compression is not None,
         PROTOTYPES=prototypes is not None,
         SCAN=scan,
-        PACK=must_pack,
+        EXPONENTS=block_sizes.exponents(features.dtype, inputs.normalize),
+        LOAD_ROOT=isinstance(inputs.root, Tensor),
+        HEADROOM=block_sizes.headroom(features.dtype, inputs.normalize),
         ROWS=16,
         DEPTH=min(128, triton.next_power_of_2(K)),
         LABELS=min(128, triton.next_power_of_2(N)),

@@ -31,7 +31,7 @@ def forward(inputs: KernelInputs, rows: int | None = None) -> Outputs:
     """Returns ℓ_i [rows] and what `backward` reads: lse_i [rows] in base 2, and the packed keys, vectors and labels.
 
     rows: of the first so many anchors, though all are keys; None: of all N. lse_i is +inf for an anchor without a
-    positive. The keys are empty where they would be the features themselves.
+    positive.
     """
     features, prototypes = inputs.features, inputs.prototypes
     rows = len(features) if rows is None else rows
@@ -39,21 +39,16 @@ def forward(inputs: KernelInputs, rows: int | None = None) -> Outputs:
         return _of_no_anchors(features, prototypes)
     with torch.cuda.device_of(features):  # Triton launches on the current device, which need not be the tensors'
         packed = pack(inputs)
-        bounded = block_sizes.is_bounded(inputs.temperature, inputs.normalize, inputs.compression is not None)
-        partials = partial_sums(packed, rows, inputs.class_average, bounded)
+        partials = partial_sums(packed, rows, inputs.class_average, inputs.bounded)
         loss, lse = combine(partials, packed.vectors, inputs.class_average)
-    must_pack = block_sizes.must_pack(features, prototypes)
-    keys = packed.keys if must_pack else features.new_empty(0, packed.keys.shape[1])
-    return loss, lse, keys, packed.vectors, packed.labels
+    return loss, lse, *packed
 
 
 def _of_no_anchors(features: Tensor, prototypes: Tensor | None) -> Outputs:
     """Returns what `forward` does where no loss is asked for, and launches nothing."""
     M = len(features) + (0 if prototypes is None else len(prototypes))
-    none, vectors = (torch.zeros(*shape, dtype=torch.float32, device=features.device) for shape in ((0,), (3, M)))
-    keys = features.new_zeros(
-        M if block_sizes.must_pack(features, prototypes) else 0, block_sizes.packed_width(features.shape[1])
-    )
+    none, vectors = (torch.zeros(*shape, dtype=torch.float32, device=features.device) for shape in ((0,), (4, M)))
+    keys = features.new_zeros(M, block_sizes.packed_width(features.shape[1]))
     return none, none.clone(), keys, vectors, torch.zeros(M, dtype=torch.int32, device=features.device)
 
 
@@ -67,8 +62,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Returns the gradients of the raw features [rows, D] and prototypes [C, D], None for one that is not wanted.
 
-    packed: as `forward` made it, its keys the features where they were empty. lse and grad_output are [N], the latter
-    with any stride. rows: of the first so many features, and of the prototypes by these anchors' losses; None: all.
+    packed: as `forward` made it. lse and grad_output are [N], the latter with any stride. rows: of the first so many
+    features, and of the prototypes by these anchors' losses; None: all.
     """
     keys = packed.keys
     N, M = len(lse), len(keys)

@@ -272,7 +272,7 @@ def pass_of(choice: Choice, device: torch.device) -> Callable[[], object]:
     grad_output = torch.full((N,), 1 / N, device=device)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        return passes.forward(KernelInputs(features, prototypes, labels, None, None, C, 0.1, True, True))
+        return passes.forward(KernelInputs(features, prototypes, labels, None, None, 3.8, C, True, True, True))
 
     _, lse, *packed = forward()
     options = passes.BackwardOptions(choice.width, class_average=True, normalize=True, bounded=True)

@@ -57,7 +57,7 @@ def main(options: Options) -> None:
 
 def forward(inputs: KernelInputs) -> tuple[Tensor, ...]:
     """Returns tensors of the shapes that the kernels would fill."""
-    return torch.empty(N), torch.empty(N), torch.empty(N + C, D), torch.empty(3, N + C), torch.empty(N + C).int()
+    return torch.empty(N), torch.empty(N), torch.empty(N + C, D), torch.empty(4, N + C), torch.empty(N + C).int()
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -68,14 +68,16 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def measure(rounds: int, calls: int) -> dict[str, list[float]]:
     """Returns microseconds of a forward and backward pass of each way, round by round."""
     features, prototypes = torch.randn(N, D, requires_grad=True), torch.randn(C, D, requires_grad=True)
-    inputs = KernelInputs(features, prototypes, torch.arange(N) % C, None, None, C, 0.1, True, True)
+    labels = torch.arange(N) % C
+    inputs = KernelInputs(features, prototypes, labels, None, None, 3.8, C, True, True, True)
+    inputs_of = {"function": inputs, "operator": inputs._replace(root=torch.tensor(inputs.root))}
     grad_losses = torch.ones(N)
     taken: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds + 1):
         for way, losses_of in WAYS.items():
             began = time.perf_counter()
             for _ in range(calls):
-                losses, *_ = losses_of(*inputs)
+                losses, *_ = losses_of(*inputs_of[way])
                 torch.autograd.grad(losses, (features, prototypes), grad_losses)
             taken[way].append(1e6 * (time.perf_counter() - began) / calls)
     return {way: figures[1:] for way, figures in taken.items()}

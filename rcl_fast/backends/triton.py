@@ -6,6 +6,7 @@ as forward and backward through the operators take 100 µs more of a CPU's time 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -13,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rcl_fast.autograd import first_derivative_only
+from rcl_fast.backends.protocol import RowLosses
 from rcl_fast.batch import ContrastiveBatch
+from rcl_fast.class_statistics import keys_per_class
 from rcl_fast.kernels import block_sizes, passes
 from rcl_fast.kernels.pack import KernelInputs, Packed
 from rcl_fast.kernels.passes import BackwardOptions
+
+_FIRST_ONLY = first_derivative_only("backend='triton'")
 
 
 def losses(batch: ContrastiveBatch) -> Tensor:
@@ -38,20 +44,19 @@ def total(batch: ContrastiveBatch, reduction: str) -> Tensor:
     added = each.sum()  # an anchor without a positive adds 0
     if reduction == "sum":
         return added
-    keys_of_same_class = vectors[2, : each.shape[0]]  # the anchor is one of them
-    return added / (keys_of_same_class > 1).sum().clamp(min=1)
+    return added / (_keys_of_class(vectors, each.shape[0]) > 1).sum().clamp(min=1)
 
 
-def forward_rows(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Returns ℓ_i and lse_i (base 2) of the first `rows` anchors [rows], and what `backward_rows` reads.
+def forward_rows(batch: ContrastiveBatch, rows: int) -> RowLosses:
+    """Returns ℓ_i and lse_i (base 2) of the first `rows` anchors [rows], and what else `backward_rows` reads.
 
     All anchors are keys; lse_i is +inf for an anchor without a positive. Raises as `losses` does.
     """
     inputs = _inputs(batch)
     each, lse, *packed = passes.forward(inputs, rows)
-    if not block_sizes.must_pack(inputs.features, inputs.prototypes):
-        packed[0] = inputs.features
-    return each, lse, tuple(packed)
+    # Without a row nothing is launched, nor counted.
+    keys_of_class = _keys_of_class(packed[1], len(inputs.labels)) if rows else keys_per_class(batch)[batch.labels]
+    return RowLosses(each, lse, keys_of_class, tuple(packed))
 
 
 def backward_rows(
@@ -62,9 +67,15 @@ def backward_rows(
     lse and grad_losses g are of all anchors, [N] each.
     """
     wanted = (True, batch.prototypes is not None)
-    for_features, for_prototypes = passes.backward(Packed(*saved), lse, grad_losses, _options(batch), wanted, rows)
+    options = BackwardOptions(batch.features.shape[1], batch.class_average, batch.normalize, _bounded(batch))
+    for_features, for_prototypes = passes.backward(Packed(*saved), lse, grad_losses, options, wanted, rows)
     assert for_features is not None  # asked for
     return for_features, for_prototypes
+
+
+def _keys_of_class(vectors: Tensor, N: int) -> Tensor:
+    """Returns the keys of each anchor's class [N], itself one of them, of the packed vectors."""
+    return vectors[2, :N]
 
 
 def _outputs(batch: ContrastiveBatch) -> tuple[Tensor, ...]:
@@ -86,17 +97,24 @@ def _inputs(batch: ContrastiveBatch) -> KernelInputs:
         labels=batch.labels.contiguous(),
         class_counts=None if batch.class_counts is None else batch.class_counts.contiguous(),
         compression=None if batch.compression is None else batch.compression.contiguous(),
+        root=_root(batch),
         num_classes=batch.num_classes,
-        temperature=batch.temperature,
         class_average=batch.class_average,
         normalize=batch.normalize,
+        bounded=_bounded(batch),
     )
 
 
-def _options(given: KernelInputs | ContrastiveBatch) -> BackwardOptions:
-    """Returns what `passes.backward` must know of the loss."""
-    bounded = block_sizes.is_bounded(given.temperature, given.normalize, given.compression is not None)
-    return BackwardOptions(given.features.shape[1], given.class_average, given.normalize, bounded)
+def _root(batch: ContrastiveBatch) -> float | Tensor:
+    """Returns √(log2(e)/T), in traced code as a tensor."""
+    if not _is_traced():
+        return math.sqrt(math.log2(math.e) / batch.temperature)
+    octaves = torch.full((), math.log2(math.e), dtype=torch.float64, device=batch.features.device)
+    return (octaves / batch.temperature).sqrt().float()
+
+
+def _bounded(batch: ContrastiveBatch) -> bool:
+    return block_sizes.is_bounded(batch.temperature, batch.normalize, batch.compression, batch.class_counts)
 
 
 def _is_traced() -> bool:
@@ -118,11 +136,11 @@ class _Loss(torch.autograd.Function):
         _save(ctx, inputs, output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_FIRST_ONLY
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * len(KernelInputs._fields)
-        *packed, lse = ctx.saved_tensors
+        *packed, lse, _ = ctx.saved_tensors
         if torch._C._functorch.is_functorch_wrapped_tensor(lse):
             return _differentiate(ctx, grad_output)  # wrappers of torch.func have no memory; operators take them off
         wanted = ctx.needs_input_grad[:2]
@@ -136,14 +154,16 @@ def _forward_op(
     labels: Tensor,
     class_counts: Tensor | None,
     compression: Tensor | None,
+    root: Tensor,
     num_classes: int,
-    temperature: float,
     class_average: bool,
     normalize: bool,
+    bounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return passes.forward(
         KernelInputs(
-            features, prototypes, labels, class_counts, compression, num_classes, temperature, class_average, normalize
+            *(features, prototypes, labels, class_counts, compression),
+            *(root, num_classes, class_average, normalize, bounded),
         )
     )
 
@@ -154,12 +174,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, D = features.shape
     M = N + (0 if prototypes is None else prototypes.shape[0])
-    rows = M if block_sizes.must_pack(features, prototypes) else 0
     return (
         features.new_empty(N, dtype=torch.float32),
         features.new_empty(N, dtype=torch.float32),
-        features.new_empty(rows, block_sizes.packed_width(D)),
-        features.new_empty(3, M, dtype=torch.float32),
+        features.new_empty(M, block_sizes.packed_width(D)),
+        features.new_empty(4, M, dtype=torch.float32),
         labels.new_empty(M, dtype=torch.int32),
     )
 
@@ -203,9 +222,10 @@ def _(
     return keys.new_empty(N if for_features else 0, width), keys.new_empty(M - N if for_prototypes else 0, width)
 
 
+@_FIRST_ONLY
 def _differentiate(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Runs the backward pass as an operator."""
-    *packed, lse = ctx.saved_tensors
+    *packed, lse, _ = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:2]
     gradients = _backward_op(*packed, lse, grad_output, *ctx.options, *wanted)
     return _for_all_inputs(gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True))
@@ -217,13 +237,11 @@ def _for_all_inputs(gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keeps what `passes.backward` reads; the features only where they are the keys."""
+    """Keeps what `passes.backward` reads, and the losses, through which the gradient depends on the inputs."""
+    losses, lse, *packed = output
+    ctx.save_for_backward(*packed, lse, losses)
     given = KernelInputs(*inputs)
-    _, lse, keys, vectors, key_labels = output
-    if not block_sizes.must_pack(given.features, given.prototypes):
-        keys = given.features
-    ctx.save_for_backward(keys, vectors, key_labels, lse)
-    ctx.options = _options(given)
+    ctx.options = BackwardOptions(given.features.shape[1], given.class_average, given.normalize, given.bounded)
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)

@@ -1,4 +1,4 @@
-"""Four repairs of Triton's interpreter, so that it computes what a GPU does (Triton 3.3 and 3.6, NumPy 1.26 to 2.4)."""
+"""Five repairs of Triton's interpreter, so that it computes what a GPU does (Triton 3.3 and 3.6, NumPy 1.26 to 2.4)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 def repair() -> None:
     """Call once, before the first kernel runs."""
     _loop_bounds_are_arrays()
+    _products_depend_on_their_place()
     _bfloat16_products_are_of_bit_patterns()
     _bfloat16_is_truncated()
     _booleans_have_no_complement()
@@ -27,6 +28,18 @@ def _loop_bounds_are_arrays() -> None:
         set_attribute(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_and_repair
+
+
+def _products_depend_on_their_place() -> None:
+    """NumPy sums z_i·z_k in an order that depends on where in a tile it stands; a GPU in one order of features."""
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        left, right, total = (handle.data.astype(np.float32) for handle in (a, b, d))
+        for k in range(left.shape[1]):
+            total += left[:, k, None] * right[k]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def _bfloat16_products_are_of_bit_patterns() -> None:
@@ -46,10 +59,15 @@ def _widened(handle: Any) -> Any:
 
 
 def _bfloat16_is_truncated() -> None:
-    """float32 → bfloat16 rounds to the nearest, ties to even, on every GPU; the interpreter drops the low bits."""
+    """float32 → bfloat16 rounds to the nearest, ties to even, on every GPU; the interpreter drops the low bits.
+
+    The way back is a shift; the interpreter makes other numbers of subnormal ones.
+    """
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+            return _widened(src)
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
             return cast(self, src, dst_type)
         bits = np.ascontiguousarray(src.data).view(np.uint32).astype(np.uint64)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
-from batches import grad_output_of, loss_and_gradients, random_batch
+from batches import grad_output_of, leaves, loss_and_gradients, random_batch
+from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.append(str(Path(__file__).parents[1] / "rcl_fast"))
+
+from test_derivatives import graphs_of_a_number
+
+from rcl_fast import contrastive_loss
 from rcl_fast.backends import triton as backend
 from rcl_fast.kernels import passes
 from rcl_fast.kernels.pack import KernelInputs
@@ -105,27 +115,54 @@ def test_launches_go_to_the_device_of_the_inputs(monkeypatch: pytest.MonkeyPatch
     assert asked == [30, 41]  # features forward, keys backward
 
 
-def test_no_second_derivative(device: torch.device) -> None:
+ONCE = "backend='triton' has first derivatives only"
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "operator"])
+@pytest.mark.parametrize("with_prototypes", [False, True])
+def test_no_second_derivative(traced: bool, with_prototypes: bool, device: torch.device) -> None:
+    """Not by any input, not through grad_output, and not as one term of a sum."""
+    batch = random_batch(device, 12, 5, 16, with_prototypes=with_prototypes)
+    weight = torch.ones((), device=device, requires_grad=True)
+    with FlopCounterMode(display=False) if traced else nullcontext():
+        loss = (backend.losses(batch) * weight).sum() + batch.features.pow(3).sum()
+        expected = torch.autograd.grad(loss, leaves(batch), retain_graph=True)
+        gradients = torch.autograd.grad(loss, leaves(batch), create_graph=True)
+        for one, same in zip(gradients, expected, strict=True):
+            assert torch.equal(one, same)
+        for gradient in gradients:
+            for by in (*leaves(batch), weight):
+                with pytest.raises(RuntimeError, match=ONCE):
+                    torch.autograd.grad(gradient.sum(), by, retain_graph=True, allow_unused=True)
+        with pytest.raises(RuntimeError, match=ONCE):
+            sum(gradient.pow(2).sum() for gradient in gradients).backward()
+
+
+def test_torch_func_has_no_second_derivative(device: torch.device) -> None:
     batch = random_batch(device, 12, 5, 16)
-    losses = backend.losses(batch)
-    (gradient,) = torch.autograd.grad(losses.sum(), batch.features, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        torch.autograd.grad(gradient.sum(), batch.features)
+
+    def loss(features: torch.Tensor) -> torch.Tensor:
+        return backend.losses(batch._replace(features=features)).sum()
+
+    def penalty(features: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(loss)(features).pow(2).sum()
+
+    assert penalty(batch.features.detach()).isfinite()
+    with pytest.raises(RuntimeError, match=ONCE):
+        torch.func.grad(penalty)(batch.features.detach())
 
 
 def _operator_arguments(device: torch.device, with_prototypes: bool, D: int = 16) -> tuple:
     batch = random_batch(device, 20, 7, D, with_prototypes=with_prototypes)
-    options = (batch.num_classes, batch.temperature, batch.class_average, batch.normalize)
-    return batch.features, batch.prototypes, batch.labels, batch.class_counts, None, *options
+    root = torch.tensor(math.sqrt(math.log2(math.e) / batch.temperature), device=device)
+    return batch.features, batch.prototypes, batch.labels, batch.class_counts, None, root, 7, True, True, True
 
 
 @pytest.mark.parametrize(("with_prototypes", "D"), [(True, 16), (False, 16), (False, 13)])
 def test_opcheck(with_prototypes: bool, D: int, device: torch.device) -> None:
     arguments = _operator_arguments(device, with_prototypes, D)
     torch.library.opcheck(backend._forward_op, arguments)
-    outputs = passes.forward(KernelInputs(*arguments))
-    _, lse, keys, vectors, key_labels = outputs
-    keys = keys if len(keys) else arguments[0].detach()
+    _, lse, keys, vectors, key_labels = passes.forward(KernelInputs(*arguments))
     backward_arguments = (keys, vectors, key_labels, lse, torch.ones(20, device=device), D, True, True, True)
     for wanted in ((True, with_prototypes), (False, with_prototypes), (True, False)):
         torch.library.opcheck(backend._backward_op, (*backward_arguments, *wanted))
@@ -144,17 +181,39 @@ def test_operator_and_eager_path_agree(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("with_prototypes", [True, False])
-def test_torch_compile_without_graph_breaks(with_prototypes: bool, device: torch.device) -> None:
+def test_torch_compile_makes_one_graph(with_prototypes: bool, device: torch.device) -> None:
+    """For all batch sizes, and for all temperatures on each side of the bound."""
     batch = random_batch(device, 30, 11, 16, with_prototypes=with_prototypes)
     compiler = "inductor" if device.type == "cuda" else "aot_eager"  # no C++ compiler is needed for the latter
-    compiled = torch.compile(backend.losses, fullgraph=True, backend=compiler, dynamic=True)
-    for N in (30, 23):  # a second, smaller batch with the same graph
-        part = batch._replace(
-            features=batch.features[:N].detach().requires_grad_(), labels=batch.labels[:N].contiguous()
+
+    def losses(features: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
+        return contrastive_loss(
+            features,
+            labels,
+            class_counts=batch.class_counts,
+            prototypes=batch.prototypes,
+            temperature=temperature,
+            class_average=True,
+            rebalance=True,
+            reduction="none",
+            backend="triton",
         )
-        expected = loss_and_gradients(backend.losses, part)
-        for one, other in zip(expected, loss_and_gradients(compiled, part), strict=True):
+
+    at_first = graphs_of_a_number() - 1
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(losses, fullgraph=True, backend=compiler, dynamic=True)
+    for N, temperature, graphs in ((30, 0.1, 1), (23, 0.1, 1), (30, 0.3, 1), (23, 0.02, 2), (30, 1e-6, 2)):
+        features, labels = batch.features[:N].detach().clone().requires_grad_(), batch.labels[:N].clone()
+        wanted = [features] if batch.prototypes is None else [features, batch.prototypes]
+        found = []
+        for each in (losses, compiled):
+            loss = each(features, labels, temperature)
+            found.append([loss, *torch.autograd.grad(loss, wanted, torch.linspace(-1, 2, N, device=device))])
+        for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
+        expected = graphs + (0 if temperature == 0.1 else at_first)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == expected
 
 
 def test_torch_func_grad(device: torch.device) -> None:

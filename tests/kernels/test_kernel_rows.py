@@ -29,7 +29,7 @@ class _Parts(torch.autograd.Function):
         ctx.orders = [_part_first(len(features), sizes, part) for part in range(len(sizes))]
         ctx.batches = [batch._replace(features=features[order], labels=batch.labels[order]) for order in ctx.orders]
         ctx.sizes = sizes
-        losses, lse, ctx.saved = zip(*map(backend.forward_rows, ctx.batches, sizes), strict=True)
+        losses, lse, _, ctx.saved = zip(*map(backend.forward_rows, ctx.batches, sizes), strict=True)
         ctx.lse = torch.cat(lse)
         return torch.cat(losses)
 
