@@ -6,9 +6,8 @@ anchor is no key to itself.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +31,17 @@ def with_class_indices(batch: ContrastiveBatch) -> ContrastiveBatch:
     """Returns the batch with labels in [0, N) where nothing says how many classes there are, and as it is otherwise."""
     if batch.num_classes:
         return batch
-    return batch._replace(labels=ranks(batch.labels), num_classes=len(batch.labels))
+    return ContrastiveBatch(  # not _replace, which PyTorch 2.7 does not compile
+        features=batch.features,
+        labels=ranks(batch.labels),
+        prototypes=batch.prototypes,
+        class_counts=batch.class_counts,
+        compression=batch.compression,
+        num_classes=len(batch.labels),
+        temperature=batch.temperature,
+        class_average=batch.class_average,
+        normalize=batch.normalize,
+    )
 
 
 def accumulation_dtype(batch: ContrastiveBatch) -> torch.dtype:
@@ -41,46 +50,29 @@ def accumulation_dtype(batch: ContrastiveBatch) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a backward(ctx, grad_output): called inside autocast, it would round its products to 16 bits."""
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, grad_output: Tensor) -> Any:
-        with torch.autocast(grad_output.device.type, enabled=False):
-            return backward(ctx, grad_output)
-
-    return wrapped
-
-
-class _UnitRows(torch.autograd.Function):
-    """Computes h = z / ‖z‖ by rows; the gradient reads and writes each row once: dz = (dh − h (h·dh)) / ‖z‖."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        norms = norms.masked_fill(norms == 0, 1)
-        unit = rows / norms
-        ctx.save_for_backward(unit, norms)
-        return unit
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        unit, norms = ctx.saved_tensors
-        return torch.addcmul(grad_output, unit, row_products(unit, grad_output), value=-1) / norms
-
-
 def unit_rows(rows: Tensor) -> Tensor:
-    """Returns h = z / ‖z‖ for each row of [R, D]; a zero row stays zero, with a finite gradient."""
-    return _UnitRows.apply(rows)
+    """Returns h = z / ‖z‖ for each row of [R, D]; a zero row stays zero, with a finite gradient.
+
+    Right for every row of finite numbers, also where the squares of ‖z‖ would leave the dtype's range.
+    """
+    scaled = rows / powers_of_two(rows)
+    squares = (scaled * scaled).sum(dim=1, keepdim=True)
+    return scaled / torch.where(squares > 0, squares, 1.0).sqrt()
 
 
-def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """Returns the dot product of each pair of rows, [R, D] and [R, D] -> [R, 1], without a temporary of [R, D]."""
-    return torch.bmm(left[:, None], right[:, :, None])[:, 0]
+def powers_of_two(rows: Tensor) -> Tensor:
+    """Returns for each row of [R, D] the largest power of two in it [R, 1]: dividing by it rounds nothing.
+
+    It is 1 for a zero row, a constant to autograd, and no number where a row has one that is not finite.
+    """
+    largest = rows.detach().abs().amax(dim=1, keepdim=True)
+    mantissa = torch.frexp(largest).mantissa  # in [1/2, 1)
+    return torch.where(largest == 0, 1.0, largest / (2 * mantissa))
 
 
-def anchors_and_prototypes(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
+def anchors_and_prototypes(
+    batch: ContrastiveBatch, unit_rows: Callable[[Tensor], Tensor] = unit_rows
+) -> tuple[Tensor, Tensor]:
     """Returns h̃ of the anchors [N, D] and the prototypes [C, D] ([0, D] without any): unit rows, then compressed."""
     dtype = accumulation_dtype(batch)
     anchors = batch.features.to(dtype)

@@ -26,7 +26,8 @@ def class_statistics(batch: ContrastiveBatch) -> ClassStatistics:
     """Returns the statistics of a batch whose labels are in [0, num_classes), without a host synchronisation."""
     keys = keys_per_class(batch)
     keys_of_same_class = keys[batch.labels]
-    fits = batch.num_classes <= len(batch.labels)
+    # Compiled code takes the ranks always: the question would be one more graph.
+    fits = not torch.compiler.is_compiling() and batch.num_classes <= len(batch.labels)
     return ClassStatistics(
         classes=batch.labels if fits else ranks(batch.labels),
         positives=keys_of_same_class - 1,
@@ -39,10 +40,10 @@ def class_statistics(batch: ContrastiveBatch) -> ClassStatistics:
 
 def keys_per_class(batch: ContrastiveBatch) -> Tensor:
     """Returns count[j], int64 [C]: the histogram of the anchors, and one more for each prototype."""
-    start = torch.full(
-        (batch.num_classes,), int(batch.prototypes is not None), dtype=torch.int64, device=batch.labels.device
-    )
-    return start.index_add(0, batch.labels, torch.ones_like(batch.labels))
+    nothing = torch.zeros(batch.num_classes, dtype=torch.int64, device=batch.labels.device)
+    anchors = nothing.index_add(0, batch.labels, torch.ones_like(batch.labels))
+    # Added last: where N equals C, Inductor would take a start of ones and the ones that are added for one buffer.
+    return anchors + int(batch.prototypes is not None)
 
 
 def positives_per_anchor(batch: ContrastiveBatch) -> Tensor:
@@ -59,12 +60,17 @@ def reduction_weights(positives: Tensor, reduction: str) -> Tensor:
     return weights / weights.sum().clamp(min=1) if reduction == "mean" else weights
 
 
+def log_counts(class_counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns log n_j in the dtype [C]. A float64 count may exceed what float32 holds, its logarithm does not."""
+    return class_counts.to(torch.promote_types(class_counts.dtype, dtype)).log().to(dtype)
+
+
 def _log_weights(batch: ContrastiveBatch, keys: Tensor) -> Tensor:
     """Returns log n_j (eq. 4-6) − log count[j] (eq. 3, 5), each where it is asked for: [C]."""
     dtype = accumulation_dtype(batch)
     log_weights = torch.zeros(batch.num_classes, dtype=dtype, device=batch.labels.device)
     if batch.class_counts is not None:
-        log_weights = log_weights + batch.class_counts.to(dtype).log()
+        log_weights = log_weights + log_counts(batch.class_counts, dtype)
     if batch.class_average:
         # A class without a key has no b; 1 keeps its logarithm finite.
         log_weights = log_weights - keys.clamp(min=1).to(dtype).log()

@@ -47,10 +47,10 @@ def contrastive_loss(
             prototypes and compression says what C is.
         class_counts: [C] training images a class (n_j). Needed by `rebalance`.
         prototypes: [C, D] one more key per class, never an anchor; raw, like the features.
-        temperature: T, above 0.
+        temperature: T, from 1e-30 to 1e30.
         class_average: average the denominator over each class (eq. 3, 5).
         rebalance: weigh each key by its class's n_j (eq. 4-6).
-        compression: [C] factor on the unit features and prototypes of each class (section 3.3.2).
+        compression: [C] factor on the unit features and prototypes of each class (section 3.3.2), finite in float32.
         normalize: divide features and prototypes by their length; False where they already have unit length.
         reduction: "mean" over the anchors that have a positive, "sum", or "none": [N], 0 without a positive.
         backend: "triton" (GPU kernels), "tiled" (any device, no N×M memory), "dense" (plain PyTorch), "reference"
@@ -94,6 +94,11 @@ def contrastive_loss(
 def _loss(batch: ContrastiveBatch, reduction: str, backend: str, group: ProcessGroup | None) -> Tensor:
     if backend == "auto":
         backend = _automatic(batch)
+    checks.check_transforms(batch.features, batch.prototypes, backend, group)
+    if backend not in ("dense", "reference") or group is not None:
+        for name, values in (("class_counts", batch.class_counts), ("compression", batch.compression)):
+            if values is not None:
+                checks.check_constant(name, values)
     if group is not None:
         from rcl_fast import distributed  # its decorator loads torch._dynamo, for seconds
 
@@ -122,6 +127,8 @@ def _checked_batch(
     normalize: bool,
     validate: bool,
 ) -> ContrastiveBatch:
+    for name, flag in (("class_average", class_average), ("rebalance", rebalance), ("normalize", normalize)):
+        checks.check_flag(name, flag)
     checks.check_features(features)
     checks.check_labels(labels, features)
     checks.check_temperature(temperature)

@@ -1,4 +1,7 @@
-"""The loss over the whole N×M matrix, in plain PyTorch: short, and easy to follow or change."""
+"""The loss over the whole N×M matrix, in plain PyTorch: short, and easy to follow or change.
+
+Differentiable any number of times, and by `torch.func` (`vmap` over features and prototypes, labels shared).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rcl_fast.autograd import product
 from rcl_fast.backends import from_losses
 from rcl_fast.batch import ContrastiveBatch, anchors_and_prototypes
+from rcl_fast.class_statistics import log_counts
 
 
 def losses(batch: ContrastiveBatch) -> Tensor:
@@ -18,7 +23,8 @@ def losses(batch: ContrastiveBatch) -> Tensor:
     N, M = len(anchors), len(keys)
     key_labels = torch.cat([batch.labels, torch.arange(len(prototypes), device=batch.labels.device)])
 
-    logits = anchors @ keys.T / batch.temperature  # s [N, M]
+    # In this order a product of rows that the temperature brings back into range does not leave it.
+    logits = product(anchors / batch.temperature, keys.T)  # s [N, M]
     itself = torch.eye(N, M, dtype=torch.bool, device=logits.device)
     same_class = batch.labels[:, None] == key_labels
     positives = same_class & ~itself
@@ -28,19 +34,29 @@ def losses(batch: ContrastiveBatch) -> Tensor:
     log_weights = torch.zeros_like(logits)  # b [N, M]
     anchor_log_counts = logits.new_zeros(())
     if batch.class_counts is not None:
-        log_counts = batch.class_counts.to(logits.dtype).log()
-        log_weights = log_weights + log_counts[key_labels]
-        anchor_log_counts = log_counts[batch.labels]
+        log_n = log_counts(batch.class_counts, logits.dtype)
+        log_weights = log_weights + log_n[key_labels]
+        anchor_log_counts = log_n[batch.labels]
     if batch.class_average:
         keys_of_class = same_class.sum(dim=0) + int(batch.prototypes is not None)  # [M], of each key's class
         met = keys_of_class - same_class.int()
         log_weights = log_weights - met.clamp(min=1).to(logits.dtype).log()
 
-    # An anchor without a positive keeps itself as a key: its row stays finite, and is dropped below.
-    excluded = itself & has_positive[:, None]
-    log_sum_exp = torch.logsumexp((logits + log_weights).masked_fill(excluded, -torch.inf), dim=1)
-    positive_mean = (logits * positives).sum(dim=1) / positive_count.clamp(min=1)
+    weighted = (logits + log_weights).masked_fill(itself, -torch.inf)
+    # An anchor without a positive may have no key at all: its row stays finite, and is dropped below.
+    log_sum_exp = _log_sum_exp(weighted.masked_fill(~has_positive[:, None], 0.0))
+    shares = 1 / positive_count.clamp(min=1).to(logits.dtype)[:, None]  # before the sum, which might overflow
+    positive_mean = torch.where(positives, logits * shares, 0.0).sum(dim=1)
     return torch.where(has_positive, log_sum_exp - positive_mean - anchor_log_counts, 0.0)
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """Returns log Σ_k exp(logits_ik) [N], with a gradient that adds up to 1 for each row.
+
+    That of `torch.logsumexp` is exp(logit − lse): next to a large logit the sum of a few equal ones is rounded away.
+    """
+    shift = torch.logsumexp(logits.detach(), dim=1)
+    return (logits - shift[:, None]).exp().sum(dim=1).log() + shift
 
 
 total = partial(from_losses.total, losses)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rcl_fast.backends.protocol import RowLosses
 from rcl_fast.batch import ContrastiveBatch
-from rcl_fast.class_statistics import positives_per_anchor, reduction_weights
+from rcl_fast.class_statistics import keys_per_class, positives_per_anchor, reduction_weights
 
 Losses = Callable[[ContrastiveBatch], Tensor]
 
@@ -19,15 +20,14 @@ def total(losses: Losses, batch: ContrastiveBatch, reduction: str) -> Tensor:
     return (each * reduction_weights(positives_per_anchor(batch), reduction).to(each.dtype)).sum()
 
 
-def forward_rows(losses: Losses, batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[()]]:
-    """Returns the losses of the first `rows` anchors, lse_i of +inf or 0, as autograd needs none, and nothing saved."""
+def forward_rows(losses: Losses, batch: ContrastiveBatch, rows: int) -> RowLosses:
+    """Returns the losses of the first `rows` anchors. Nothing of their softmax: autograd needs none."""
     each = losses(batch)[:rows]
-    has_positive = positives_per_anchor(batch)[:rows] > 0
-    return each, torch.zeros_like(each).masked_fill(~has_positive, torch.inf), ()
+    return RowLosses(each, each.new_empty(len(each), 0), keys_per_class(batch)[batch.labels], ())
 
 
 def backward_rows(
-    losses: Losses, batch: ContrastiveBatch, rows: int, saved: tuple[()], lse: Tensor, grad_losses: Tensor
+    losses: Losses, batch: ContrastiveBatch, rows: int, saved: tuple[()], softmax: Tensor, grad_losses: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by the prototypes."""
     with torch.enable_grad():

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from rcl_fast.batch import ContrastiveBatch
+
+
+class RowLosses(NamedTuple):
+    """The losses of some of the anchors, and what comes with them."""
+
+    losses: Tensor  # [rows] ℓ_i, 0 for an anchor without a positive
+    softmax: Tensor  # [rows, ...] what a gradient needs of an anchor's log-sum-exp; each backend chooses what
+    keys_of_class: Tensor  # [N] keys of the class of each of all anchors, itself one of them; 1: it has no positive
+    saved: tuple[Any, ...]  # other tensors that `backward_rows` reads; they stay in their process
 
 
 class Backend(Protocol):
@@ -18,17 +27,13 @@ class Backend(Protocol):
     def total(self, batch: ContrastiveBatch, reduction: str) -> Tensor:
         """Returns the "sum" of ℓ_i, or their "mean" over the anchors that have a positive; differentiable scalar."""
 
-    def forward_rows(self, batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        """Returns ℓ_i and lse_i of the first `rows` anchors [rows], and the tensors that `backward_rows` reads.
-
-        All anchors are keys. lse_i is +inf for an anchor without a positive. Only `backward_rows` reads the other
-        lse_i; each backend chooses their base.
-        """
+    def forward_rows(self, batch: ContrastiveBatch, rows: int) -> RowLosses:
+        """Returns ℓ_i of the first `rows` anchors, and what `backward_rows` reads. All anchors are keys."""
 
     def backward_rows(
-        self, batch: ContrastiveBatch, rows: int, saved: tuple[Any, ...], lse: Tensor, grad_losses: Tensor
+        self, batch: ContrastiveBatch, rows: int, saved: tuple[Any, ...], softmax: Tensor, grad_losses: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by prototypes.
 
-        lse and grad_losses g are of all anchors, [N] each.
+        softmax [N, ...] and grad_losses g [N] are of all anchors.
         """

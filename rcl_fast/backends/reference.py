@@ -26,7 +26,7 @@ def losses(batch: ContrastiveBatch) -> Tensor:
     tau = torch.ones(C, device=y.device) if batch.compression is None else batch.compression
     n, tau = n.double(), tau.double()
 
-    h = torch.stack([row / (row.norm() or 1) for row in z]) if batch.normalize and len(z) else z
+    h = torch.stack([_unit(row) for row in z]) if batch.normalize and len(z) else z
     h = tau[y, None] * h
 
     each = []
@@ -36,7 +36,7 @@ def losses(batch: ContrastiveBatch) -> Tensor:
         if not positives.any():
             each.append(z[i].sum() * 0)
             continue
-        s_i = h @ h[i] / batch.temperature
+        s_i = h @ (h[i] / batch.temperature)
         b_i = n[y].log()
         if batch.class_average:
             count_i = torch.stack([((y == j) & not_i).sum() for j in y]).double()
@@ -44,6 +44,12 @@ def losses(batch: ContrastiveBatch) -> Tensor:
         lse_i = torch.logsumexp((s_i + b_i)[not_i], dim=0)
         each.append(lse_i - s_i[positives].mean() - n[y[i]].log())
     return torch.stack(each) if each else z.sum(dim=1)[:0]
+
+
+def _unit(row: Tensor) -> Tensor:
+    """Returns row / ‖row‖, and a zero row as it is; the squares of the row itself may leave even float64's range."""
+    shrunk = row / (row.detach().abs().max() or 1)
+    return shrunk / (shrunk.norm() or 1)
 
 
 total = partial(from_losses.total, losses)

@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rcl_fast.autograd import first_derivative_only
+from rcl_fast.backends.protocol import RowLosses
 from rcl_fast.backends.tiled_keys import AccumulatedKeys, RawKeys, keys_of, multiplies_16_bits
-from rcl_fast.batch import ContrastiveBatch, anchors_and_prototypes, row_products, without_autocast
-from rcl_fast.class_statistics import ClassStatistics, class_statistics, reduction_weights
+from rcl_fast.backends.tiled_rows import class_sums, row_products, sums_of_others, unit_rows
+from rcl_fast.batch import ContrastiveBatch, anchors_and_prototypes
+from rcl_fast.class_statistics import ClassStatistics, class_statistics, log_counts, reduction_weights
 
 # Bytes of one chunk of rows with its temporaries: a CPU wants it in cache, a GPU wants few launches.
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+SMALLEST_TEMPERATURE = 1 / 64  # of unit rows whose logits are small
 
 
 def losses(batch: ContrastiveBatch) -> Tensor:
@@ -36,46 +40,44 @@ def total(batch: ContrastiveBatch, reduction: str) -> Tensor:
     if not torch.is_grad_enabled() or multiplies_16_bits(batch):
         each = _losses(batch, statistics)
         return (weights * each).sum().to(each.dtype)
-    anchors, prototypes = anchors_and_prototypes(batch)
+    anchors, prototypes = anchors_and_prototypes(batch, unit_rows)
     tiling = _tiling(batch, statistics, anchors, prototypes)
     loss = _WeightedLoss.apply(anchors, prototypes, weights, tiling)
     return (loss - (weights * _anchor_log_counts(batch)).sum()).to(anchors.dtype)
 
 
-def forward_rows(batch: ContrastiveBatch, rows: int) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Returns ℓ_i and lse_i of the first `rows` anchors [rows], and what `backward_rows` reads; all anchors are keys.
-
-    lse_i is +inf for an anchor without a positive.
-    """
+def forward_rows(batch: ContrastiveBatch, rows: int) -> RowLosses:
+    """Returns ℓ_i of the first `rows` anchors, the maxima and sums of their softmax [rows, 2], and what else
+    `backward_rows` reads; all anchors are keys."""
     statistics = class_statistics(batch)
-    anchors, prototypes = anchors_and_prototypes(batch)
+    anchors, prototypes = anchors_and_prototypes(batch, unit_rows)
     tiling = _tiling(batch, statistics, anchors, prototypes, anchors_wanted=rows)
-    lse = _log_sum_exp(tiling)
-    each = _losses_from(batch, tiling, anchors, prototypes, lse)
-    return each, lse.masked_fill(statistics.positives[:rows] == 0, torch.inf), (anchors, prototypes, *statistics)
+    softmax = _softmax_sums(tiling)
+    each = _losses_from(batch, tiling, anchors, prototypes, _lse(softmax))
+    return RowLosses(each, softmax, statistics.positives + 1, (anchors, prototypes, *statistics))
 
 
 def backward_rows(
-    batch: ContrastiveBatch, rows: int, saved: tuple[Any, ...], lse: Tensor, grad_losses: Tensor
+    batch: ContrastiveBatch, rows: int, saved: tuple[Any, ...], softmax: Tensor, grad_losses: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by the prototypes.
 
-    lse and grad_losses g are of all anchors, [N] each.
+    softmax [N, 2] and grad_losses g [N] are of all anchors.
     """
     anchors, prototypes, *rest = saved
     statistics = ClassStatistics(*rest)
     grad_losses = torch.where(statistics.positives > 0, grad_losses, 0.0)
     tiling = _tiling(batch, statistics, anchors, prototypes, anchors_wanted=rows)
-    for_anchors, for_prototypes = _log_sum_exp_gradients(lse, grad_losses, tiling)
+    for_anchors, for_prototypes = _log_sum_exp_gradients(softmax, grad_losses, tiling)
     positives = _positive_sums(anchors, prototypes, tiling)
-    shares = (grad_losses / tiling.positive_scale()).to(anchors.dtype)[:, None]
+    shares = (grad_losses / tiling.positive_scale()).to(positives.dtype)[:, None]
     _subtract_positives(for_anchors, for_prototypes, anchors, positives, shares, tiling)
     with torch.enable_grad():
         raw = [batch.features[:rows].detach().requires_grad_()]
         if batch.prototypes is not None:
             raw.append(batch.prototypes.detach().requires_grad_())
         local = batch._replace(labels=batch.labels[:rows], features=raw[0], prototypes=raw[1] if raw[1:] else None)
-        compressed = anchors_and_prototypes(local)
+        compressed = anchors_and_prototypes(local, unit_rows)
     gradients = zip(compressed, raw, (for_anchors, for_prototypes), strict=False)
     for_raw = [torch.autograd.grad(output, leaf, gradient)[0] for output, leaf, gradient in gradients]
     return for_raw[0], for_raw[1] if for_raw[1:] else None
@@ -83,7 +85,7 @@ def backward_rows(
 
 def _losses(batch: ContrastiveBatch, statistics: ClassStatistics) -> Tensor:
     """Returns ℓ_i [N], differentiable."""
-    anchors, prototypes = anchors_and_prototypes(batch)
+    anchors, prototypes = anchors_and_prototypes(batch, unit_rows)
     tiling = _tiling(batch, statistics, anchors, prototypes)
     lse = _LogSumExp.apply(anchors, prototypes, tiling)
     return _losses_from(batch, tiling, anchors, prototypes, lse)
@@ -95,17 +97,22 @@ def _losses_from(batch: ContrastiveBatch, tiling: _Tiling, anchors: Tensor, prot
     positives = _positive_sums(anchors, prototypes, tiling)
     # Not a matrix product: autograd would run its backward in 16 bits where users call that inside autocast.
     similarity_sums = (anchors[wanted] * positives[wanted]).sum(dim=1)
-    positive_mean = similarity_sums / tiling.positive_scale()[wanted].to(anchors.dtype)
+    positive_mean = (similarity_sums / tiling.positive_scale()[wanted].to(similarity_sums.dtype)).to(anchors.dtype)
     each = lse - positive_mean - _anchor_log_counts(batch)[wanted].to(anchors.dtype)
     return torch.where(tiling.statistics.positives[wanted] > 0, each, 0.0)
 
 
 def _positive_sums(anchors: Tensor, prototypes: Tensor, tiling: _Tiling) -> Tensor:
-    """Returns Σ_{p ∈ P(i)} h̃_p [N, D]."""
-    positives = _class_sums(anchors, tiling).sub_(anchors)  # the anchor is not a positive of itself
-    if len(prototypes):
-        positives += prototypes[tiling.labels]
-    return positives
+    """Returns Σ_{p ∈ P(i)} h̃_p [N, D]: of unit rows in their dtype, of others in float64.
+
+    There a product of a row and a sum may leave the range that the temperature brings it back into.
+    """
+    classes = tiling.statistics.classes
+    if tiling.normalized:
+        positives = class_sums(anchors, classes).sub_(anchors)  # the anchor is not a positive of itself
+    else:
+        positives = sums_of_others(anchors.double(), classes)
+    return positives + prototypes[tiling.labels] if len(prototypes) else positives
 
 
 def _subtract_positives(
@@ -117,30 +124,27 @@ def _subtract_positives(
     tiling: _Tiling,
 ) -> None:
     """Takes the gradient of Σ_i shares_i Σ_{p ∈ P(i)} h̃_i · h̃_p off that of the wanted anchors, and the terms of these
-    off that of the prototypes; shares [N, 1]. Overwrites positives."""
-    shared, first = shares * anchors, slice(tiling.anchors_wanted)
+    off that of the prototypes; shares [N, 1]. Overwrites positives, whose dtype it computes in."""
+    shared, first = shares * anchors.to(positives.dtype), slice(tiling.anchors_wanted)
     if for_anchors is not None:
         as_anchors = positives[first].mul_(shares[first])
-        for_anchors.sub_(as_anchors).sub_(_class_sums(shared, tiling)[first]).add_(shared[first])
+        if tiling.normalized:
+            for_anchors.sub_(as_anchors).sub_(class_sums(shared, tiling.statistics.classes)[first]).add_(shared[first])
+        else:
+            for_anchors.sub_(as_anchors.add_(sums_of_others(shared, tiling.statistics.classes)[first]))
     if for_prototypes is not None:
-        for_prototypes.index_add_(0, tiling.labels[first], shared[first], alpha=-1)
-
-
-def _class_sums(rows: Tensor, tiling: _Tiling) -> Tensor:
-    """Returns for each row of [N, D] the sum of the rows of its class."""
-    classes = tiling.statistics.classes
-    return torch.zeros_like(rows).index_add(0, classes, rows)[classes]
+        for_prototypes.index_add_(0, tiling.labels[first], shared[first].to(for_prototypes.dtype), alpha=-1)
 
 
 def _anchor_log_counts(batch: ContrastiveBatch) -> Tensor:
     """Returns log n[y_i], float64 [N]; 0 without rebalancing."""
     if batch.class_counts is None:
         return torch.zeros(len(batch.labels), dtype=torch.float64, device=batch.labels.device)
-    return batch.class_counts.double().log()[batch.labels]
+    return log_counts(batch.class_counts, torch.float64)[batch.labels]
 
 
 class _Tiling(NamedTuple):
-    """The constants of all chunks: keys, labels, the logarithmic weights b_ik, and how many rows a chunk has."""
+    """The constants of all chunks: keys, labels, the logarithmic weights b_ik, and how many chunks there are."""
 
     keys: AccumulatedKeys | RawKeys
     anchors_wanted: int  # the first of the N; all of them are keys
@@ -148,15 +152,18 @@ class _Tiling(NamedTuple):
     key_log_weights: Tensor  # [M] b of each key, as an anchor of another class meets it
     statistics: ClassStatistics
     temperature: float
-    rows: int
+    normalized: bool
+    small_logits: bool  # |s| is known to be small: rounding does not matter to exp(s)
+    chunk_count: int
 
     def positive_scale(self) -> Tensor:
         """Returns T · |P(i)|, float64 [N]; T for an anchor without a positive."""
         return self.temperature * self.statistics.positives.clamp(min=1).double()
 
     def chunks(self) -> Iterator[slice]:
-        for start in range(0, self.anchors_wanted, self.rows):
-            yield slice(start, min(start + self.rows, self.anchors_wanted))
+        """Yields chunks as equal as can be: torch.compile makes a graph for a number of chunks, not for their sizes."""
+        for i in range(self.chunk_count):
+            yield slice(self.anchors_wanted * i // self.chunk_count, self.anchors_wanted * (i + 1) // self.chunk_count)
 
     def logits(self, chunk: slice, key_log_weights: Tensor) -> Tensor:
         """Returns s_ik + b_ik of a chunk's anchors with every key [rows, M], −inf where the key is the anchor."""
@@ -170,6 +177,19 @@ class _Tiling(NamedTuple):
         logits[:, chunk].diagonal().fill_(-torch.inf)
         return logits
 
+    def settled(self, differences: Tensor, maxima: Tensor) -> Tensor:
+        """Returns logits minus their maxima, 0 where no more than rounding is between them; changes them in place.
+
+        A logit is made twice, in its anchor's row and in its key's. Where logits are large, exp of what rounding leaves
+        between the two would make any number of a probability of 1.
+        """
+        if self.small_logits:
+            return differences
+        D = self.keys.anchors.shape[1]
+        # Both sums of D terms are off by some √D units, rarely by more than four times that.
+        tolerances = 4 * (D**0.5 + 2) * torch.finfo(maxima.dtype).eps * maxima.abs()
+        return differences.masked_fill_(differences > -tolerances, 0.0)
+
 
 def _tiling(
     batch: ContrastiveBatch,
@@ -180,17 +200,25 @@ def _tiling(
 ) -> _Tiling:
     N, M = len(anchors), len(anchors) + len(prototypes)
     bytes_a_row = anchors.element_size() * (M + N) + N  # the logits, the same-class term and its mask
+    wanted = N if anchors_wanted is None else anchors_wanted
     chunk_bytes = CHUNK_BYTES.get(anchors.device.type, CHUNK_BYTES["cuda"])
     by_class = statistics.log_weights
     return _Tiling(
         keys=keys_of(batch, anchors, prototypes),
-        anchors_wanted=N if anchors_wanted is None else anchors_wanted,
+        anchors_wanted=wanted,
         labels=batch.labels,
         key_log_weights=torch.cat([by_class[batch.labels], by_class[: len(prototypes)]]),
         statistics=statistics,
         temperature=batch.temperature,
-        rows=max(1, chunk_bytes // max(1, bytes_a_row)),
+        normalized=batch.normalize,
+        # Compiled code asks nothing of the temperature: that would be one more graph.
+        small_logits=not torch.compiler.is_compiling() and _has_small_logits(batch),
+        chunk_count=int(min(wanted, -(-wanted * bytes_a_row // chunk_bytes))),
     )
+
+
+def _has_small_logits(batch: ContrastiveBatch) -> bool:
+    return batch.normalize and batch.compression is None and batch.temperature >= SMALLEST_TEMPERATURE
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,8 +241,7 @@ class _WeightedLoss(torch.autograd.Function):
         for chunk in tiling.chunks():
             logits = tiling.logits(chunk, tiling.key_log_weights)
             exponentials, maxima, sums = _exponentials(logits)
-            # Without a key the sum is 0 and so is the weight: the clamp turns 0 · log 0 into 0.
-            sums = sums.clamp(min=torch.finfo(sums.dtype).tiny)
+            sums = sums.clamp(min=1)  # without a key the sum is 0 and so is the weight: no 0 · log 0
             weight = weights[chunk, None]
             # Not in place: PyTorch 2.11 compiles a zero gradient for a result that its forward pass changed in place.
             total = total + (weight * (sums.log() + maxima)).sum()
@@ -228,18 +255,17 @@ class _WeightedLoss(torch.autograd.Function):
 
         positives = _positive_sums(anchors, prototypes, tiling)
         shares = weights / tiling.positive_scale()  # of each positive's similarity in the total
-        total = total - (shares * row_products(anchors, positives).squeeze(1)).sum()
-        shares = shares.to(anchors.dtype)[:, None]
+        total = total - (shares * row_products(anchors.to(positives.dtype), positives).squeeze(1)).sum()
+        shares = shares.to(positives.dtype)[:, None]
         _subtract_positives(for_anchors, for_prototypes, anchors, positives, shares, tiling)
-        ctx.save_for_backward(for_anchors, for_prototypes)
+        ctx.save_for_backward(for_anchors, for_prototypes, total)
         return total
 
     @staticmethod
-    @without_autocast
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only("backend='tiled'")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (g if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None)
+        *gradients, _ = ctx.saved_tensors
+        return *(g if g is None else g * grad_output.to(g.dtype) for g in gradients), None, None
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -247,37 +273,44 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, prototypes: Tensor, tiling: _Tiling) -> Tensor:
-        lse = _log_sum_exp(tiling)
-        ctx.save_for_backward(lse)
+        softmax = _softmax_sums(tiling)
+        lse = _lse(softmax)
+        # The last three are in the tiling too: saved, they are known to be unchanged in the backward pass.
+        ctx.save_for_backward(softmax, lse, anchors, prototypes, tiling.labels)
         ctx.tiling = tiling
         return lse
 
     @staticmethod
-    @without_autocast
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only("backend='tiled'")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (lse,) = ctx.saved_tensors
-        return *_log_sum_exp_gradients(lse, grad_output, ctx.tiling), None
+        softmax, *_ = ctx.saved_tensors
+        return *_log_sum_exp_gradients(softmax, grad_output, ctx.tiling), None
 
 
-def _log_sum_exp(tiling: _Tiling) -> Tensor:
-    """Returns lse_i of the anchors that are wanted."""
-    chunks = [tiling.key_log_weights.new_empty(0)]  # there may be no anchor
+def _softmax_sums(tiling: _Tiling) -> Tensor:
+    """Returns for each wanted anchor the maximum of its logits and the sum of exp(logit − maximum): [rows, 2]."""
+    none = tiling.key_log_weights.new_empty(0, 2)  # there may be no anchor
+    chunks = [none]
     for chunk in tiling.chunks():
-        logits = tiling.logits(chunk, tiling.key_log_weights)
-        _, maxima, sums = _exponentials(logits)
-        chunks.append((sums.log() + maxima).squeeze(1))
+        _, maxima, sums = _exponentials(tiling.logits(chunk, tiling.key_log_weights))
+        chunks.append(torch.cat([maxima, sums], dim=1))
     return torch.cat(chunks)  # not written in place: see _WeightedLoss.forward
 
 
-def _log_sum_exp_gradients(lse: Tensor, grad_lse: Tensor, tiling: _Tiling) -> tuple[Tensor, Tensor]:
+def _lse(softmax: Tensor) -> Tensor:
+    """Returns the log-sum-exp [rows] of maxima and sums [rows, 2]."""
+    maxima, sums = softmax.unbind(1)
+    return sums.log() + maxima
+
+
+def _log_sum_exp_gradients(softmax: Tensor, grad_lse: Tensor, tiling: _Tiling) -> tuple[Tensor, Tensor]:
     """Returns the gradient of Σ_k g_k lse_k by h̃ of the wanted anchors, and of their terms by h̃ of the prototypes.
 
-    lse and grad_lse g are of all anchors, [N] each.
+    softmax [N, 2] and grad_lse g [N] are of all anchors.
     """
+    maxima, sums = softmax.unbind(1)
     keys, N = tiling.keys, len(tiling.labels)
-    # An anchor without a key has an lse of −inf and logits of −inf: any finite maximum gives exp(−inf) = 0.
-    lse = lse.masked_fill(lse == -torch.inf, 0)
+    shares = grad_lse / sums.clamp(min=1)  # without a key both are 0
     no_log_weights = torch.zeros_like(tiling.key_log_weights)
     for_anchors = no_log_weights.new_empty(tiling.anchors_wanted, keys.anchors.shape[1])
     for_prototypes = no_log_weights.new_zeros(keys.prototypes.shape)
@@ -285,10 +318,11 @@ def _log_sum_exp_gradients(lse: Tensor, grad_lse: Tensor, tiling: _Tiling) -> tu
         # s and the same-class term are symmetric: with b of the other side they give G_ak and G_ka.
         symmetric = tiling.logits(chunk, no_log_weights)
         columns = symmetric[:, :N] + tiling.key_log_weights[chunk, None]
-        columns = columns.sub_(lse).exp_().mul_(grad_lse)  # G_ka
+        columns = tiling.settled(columns.sub_(maxima), maxima).exp_().mul_(shares)  # G_ka
         rows = symmetric.add_(tiling.key_log_weights)
-        rows = rows.sub_(lse[chunk, None]).exp_().mul_(grad_lse[chunk, None])  # G_ak
-        for_prototypes.add_(keys.weighted_chunk(chunk, rows[:, N:]), alpha=1 / tiling.temperature)
+        rows = tiling.settled(rows.sub_(maxima[chunk, None]), maxima[chunk, None])
+        rows = rows.exp_().mul_(shares[chunk, None])  # G_ak
+        for_prototypes.add_(keys.weighted_chunk(chunk, rows[:, N:]).div_(tiling.temperature))
         rows[:, :N] += columns
         for_anchors[chunk] = keys.weighted(rows) / tiling.temperature
     return for_anchors, for_prototypes

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rcl_fast.batch import ContrastiveBatch
+from rcl_fast.batch import ContrastiveBatch, powers_of_two
 
 # Products of 16-bit matrices into float32: cuBLAS, from PyTorch 2.8 on.
 _MIXED_PRODUCTS = torch.__version__ >= "2.8" and torch.version.cuda is not None
@@ -40,7 +40,7 @@ class AccumulatedKeys(NamedTuple):
 
 
 class RawKeys(NamedTuple):
-    """16-bit rows z as they came, and scales [M] float32 with h̃_k = scale_k · z_k, applied to float32 products.
+    """16-bit rows z over a power of two, and scales [M] float32 with h̃_k = scale_k · z_k, applied to float32 products.
 
     Nothing is rounded but dlogits, for the second product, as in the kernels (kernels/README.md).
     """
@@ -53,7 +53,8 @@ class RawKeys(NamedTuple):
     def logits(self, chunk: slice, log_weights: Tensor) -> Tensor:
         rows = self.anchors[chunk]
         products = torch.cat([_product(rows, self.anchors.T), _product(rows, self.prototypes.T)], dim=1)
-        return products.mul_(self.scales[chunk, None] / self.temperature).mul_(self.scales).add_(log_weights)
+        scales = self.scales / self.temperature**0.5  # on both sides, so that neither leaves the range
+        return products.mul_(scales[chunk, None]).mul_(scales).add_(log_weights)
 
     def weighted(self, dlogits: Tensor) -> Tensor:
         N = len(self.anchors)
@@ -77,10 +78,11 @@ def keys_of(batch: ContrastiveBatch, anchors: Tensor, prototypes: Tensor) -> Acc
     """Returns the keys of a batch whose h̃ are `anchors` and `prototypes`."""
     if not multiplies_16_bits(batch):
         return AccumulatedKeys(anchors.detach(), prototypes.detach(), batch.temperature)
-    raw = batch.features.detach()
-    raw_prototypes = raw[:0] if batch.prototypes is None else batch.prototypes.detach()
-    scales = torch.cat([_scales(raw, batch.labels, batch), _scales(raw_prototypes, slice(None), batch)])
-    return RawKeys(raw, raw_prototypes, scales, batch.temperature)
+    raw, scales = _scaled(batch.features.detach(), batch.labels, batch)
+    if batch.prototypes is None:
+        return RawKeys(raw, raw[:0], scales, batch.temperature)
+    raw_prototypes, prototype_scales = _scaled(batch.prototypes.detach(), slice(None), batch)
+    return RawKeys(raw, raw_prototypes, torch.cat([scales, prototype_scales]), batch.temperature)
 
 
 def multiplies_16_bits(batch: ContrastiveBatch) -> bool:
@@ -93,15 +95,27 @@ def multiplies_16_bits(batch: ContrastiveBatch) -> bool:
     return dtypes == {torch.float16}
 
 
-def _scales(raw: Tensor, classes: Tensor | slice, batch: ContrastiveBatch) -> Tensor:
-    """Returns τ[y] / ‖z‖ of each row, 1 / ‖z‖ being 1 for a zero row and where nothing is normalised."""
-    scales = torch.ones(len(raw), dtype=torch.float32, device=raw.device)
+def _scaled(raw: Tensor, classes: Tensor | slice, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
+    """Returns rows [R, D] over a power of two each, in their dtype, and scales [R] float32 that make h̃ of them."""
+    powers = _powers_of_two(raw, batch.normalize)
+    rows = (raw.float() / powers).to(raw.dtype)
     if batch.normalize:
-        norms = torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32)
-        scales = scales / norms.masked_fill(norms == 0, 1)
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        scales = 1 / norms.masked_fill(norms == 0, 1)
+    else:
+        scales = powers.squeeze(1)
     if batch.compression is not None:
-        scales = scales * batch.compression.float()[classes][: len(raw)]
-    return scales
+        scales = scales * batch.compression.float()[classes]
+    return rows, scales
+
+
+def _powers_of_two(raw: Tensor, normalize: bool) -> Tensor:
+    """Returns what `_scaled` divides each row by, float32 [R, 1]: no product of rows then leaves float32's range."""
+    powers = powers_of_two(raw.abs().amax(dim=1, keepdim=True).float())
+    if raw.dtype == torch.float16:
+        # Up to 2^11, so that small numbers keep their bits; lengths that count stay as they are: their range is small.
+        return powers / 2**10 if normalize else torch.ones_like(powers)
+    return powers if normalize else powers.clamp(2**-60, 2**60)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 import rcl_fast
 from rcl_fast import contrastive_loss
-from rcl_fast.batch import _UnitRows, unit_rows
+from rcl_fast.autograd import _Product, product
 
 Changed = dict[str, int]
 """In-place changes of what a Function's forward pass returned, the most of any output, by the Function's name."""
@@ -73,8 +73,10 @@ def changes_of_all(group: ProcessGroup) -> Changed:
     changed: Changed = {}
     with counting(functions(), changed):
         for reduction in ("mean", "none"):
-            for options in ({"backend": "tiled"}, {"backend": "tiled", "group": group}):
-                contrastive_loss(**draw_case(40, 8, class_average=True), reduction=reduction, **options)
+            for options in ({"backend": "dense"}, {"backend": "tiled"}, {"backend": "tiled", "group": group}):
+                case = draw_case(40, 8, class_average=True, normalize=reduction == "mean")
+                loss = contrastive_loss(**case, reduction=reduction, **options)
+                torch.autograd.grad(loss.sum(), case["features"], create_graph=True)
     return changed
 
 
@@ -86,7 +88,7 @@ def test_no_forward_pass_returns_a_tensor_that_it_changed_in_place(processes: Pr
 
 def test_the_count_sees_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     changed: Changed = {}
-    monkeypatch.setattr(_UnitRows, "forward", staticmethod(lambda ctx, rows: torch.zeros_like(rows).add_(rows)))
-    with counting([_UnitRows], changed):
-        unit_rows(torch.ones(2, 3))
-    assert changed == {"rcl_fast.batch._UnitRows": 1}
+    monkeypatch.setattr(_Product, "forward", staticmethod(lambda left, right: torch.zeros(2, 2).add_(left @ right)))
+    with counting([_Product], changed):
+        product(torch.ones(2, 3), torch.ones(3, 2))
+    assert changed == {"rcl_fast.autograd._Product": 1}
