@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rcl_fast.kernels import block_sizes
+from rcl_fast.kernels.tiles import load_rows
 
 
 class KernelInputs(NamedTuple):
@@ -37,12 +38,9 @@ class Packed(NamedTuple):
 @triton.jit
 def load_raw(p_features, p_prototypes, o_k, o_d, N, M, D: tl.constexpr, PROTOTYPES: tl.constexpr):
     """Loads rows as they were given, [., DEPTH]: features, then prototypes; zeros behind D."""
-    m_d = (o_d < D)[None, :]
-    offsets = o_k.to(tl.int64)[:, None] * D + o_d[None, :]
-    b_z = tl.load(p_features + offsets, mask=(o_k < N)[:, None] & m_d, other=0.0)
+    b_z = load_rows(p_features, o_k, o_k < N, o_d, D)
     if PROTOTYPES:
-        offsets = (o_k - N).to(tl.int64)[:, None] * D + o_d[None, :]
-        b_c = tl.load(p_prototypes + offsets, mask=((o_k >= N) & (o_k < M))[:, None] & m_d, other=0.0)
+        b_c = load_rows(p_prototypes, o_k - N, (o_k >= N) & (o_k < M), o_d, D)
         b_z = tl.where((o_k < N)[:, None], b_z, b_c)
     return b_z
 

@@ -25,11 +25,7 @@ def check_features(features: Tensor) -> None:
     """Raises unless features are [N, D] or [B, V, D], floating point."""
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
-    if features.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(
-            f"features must be float16, bfloat16, float32 or float64, got {features.dtype}; "
-            "pass the projection head's output as it is"
-        )
+    _check_floating("features", features, "the projection head's output")
     if features.ndim not in (2, 3) or features.shape[-1] == 0:
         raise ValueError(
             f"features must be [N, D], or [B, V, D] with V views a sample, with D >= 1; got {list(features.shape)}"
@@ -77,11 +73,7 @@ def check_logits(logits: Tensor, class_vector: Tensor | None = None) -> None:
     """Raises unless logits are [N, C], floating point, with the C and the device of what a loss holds of each class."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a torch.Tensor [N, C], got {type(logits).__name__}")
-    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(
-            f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}; "
-            "pass the classifier's output as it is"
-        )
+    _check_floating("logits", logits, "the classifier's output")
     if logits.ndim != 2 or logits.shape[1] == 0:
         hint = "; of pixels or tokens make rows: logits.movedim(1, -1).flatten(0, -2), labels.flatten()"
         raise ValueError(
@@ -237,8 +229,7 @@ def check_class_rows_agree(rows: dict[str, int]) -> None:
 
 def check_temperature(temperature: float) -> None:
     """Raises unless temperature is a number in [1e-30, 1e30]: float32 then holds 1/T, and sums of many such logits."""
-    if isinstance(temperature, bool) or not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a Python number, got {type(temperature).__name__}")
+    _check_real("temperature", temperature)
     least, largest = TEMPERATURES
     if not least <= temperature <= largest:  # NaN neither
         raise ValueError(
@@ -248,8 +239,7 @@ def check_temperature(temperature: float) -> None:
 
 def check_number(name: str, value: float, holds: Callable[[float], bool], expected: str) -> None:
     """Raises unless value is a Python number that `holds`; `expected` says the same in words."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    _check_real(name, value)
     if not holds(float(value)):
         raise ValueError(f"{name} must {expected}, got {value}")
 
@@ -276,9 +266,9 @@ def check_transforms(features: Tensor, prototypes: Tensor | None, backend: str, 
         raise RuntimeError(f"{who} does not run under torch.func.vmap; use backend='dense' there")
 
 
-def check_constant(name: str, values: Tensor) -> None:
+def check_constant(name: str, values: Tensor | None) -> None:
     """Raises ValueError for values of the classes that autograd follows: only plain PyTorch has a gradient by them."""
-    if values.requires_grad and torch.is_grad_enabled():
+    if values is not None and values.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} must not require grad, as this backend has no gradient by it; pass {name}.detach(), or use "
             "backend='dense' in one process"
@@ -320,6 +310,18 @@ def as_class_vector(name: str, values: Any, device: torch.device | None = None) 
         return torch.as_tensor(np.asarray(values), device=device)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a tensor, array or list of one number per class: {error}") from None
+
+
+def _check_floating(name: str, tensor: Tensor, source: str) -> None:
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}; pass {source} as it is"
+        )
+
+
+def _check_real(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
 
 
 def _check_class_vector(name: str, values: Tensor) -> None:

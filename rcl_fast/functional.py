@@ -96,9 +96,8 @@ def _loss(batch: ContrastiveBatch, reduction: str, backend: str, group: ProcessG
         backend = _automatic(batch)
     checks.check_transforms(batch.features, batch.prototypes, backend, group)
     if backend not in ("dense", "reference") or group is not None:
-        for name, values in (("class_counts", batch.class_counts), ("compression", batch.compression)):
-            if values is not None:
-                checks.check_constant(name, values)
+        checks.check_constant("class_counts", batch.class_counts)
+        checks.check_constant("compression", batch.compression)
     if group is not None:
         from rcl_fast import distributed  # its decorator loads torch._dynamo, for seconds
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).parents[1] / "rcl_fast"))
 
-from test_derivatives import graphs_of_a_number
+from test_derivatives import Graphs, graphs_of_a_number
 
 from rcl_fast import contrastive_loss
 from rcl_fast.backends import triton as backend
@@ -200,9 +200,8 @@ def test_torch_compile_makes_one_graph(with_prototypes: bool, device: torch.devi
         )
 
     at_first = graphs_of_a_number() - 1
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(losses, fullgraph=True, backend=compiler, dynamic=True)
+    made = Graphs()
+    compiled = made.compiled(losses, compiler)
     for N, temperature, graphs in ((30, 0.1, 1), (23, 0.1, 1), (30, 0.3, 1), (23, 0.02, 2), (30, 1e-6, 2)):
         features, labels = batch.features[:N].detach().clone().requires_grad_(), batch.labels[:N].clone()
         wanted = [features] if batch.prototypes is None else [features, batch.prototypes]
@@ -212,8 +211,7 @@ def test_torch_compile_makes_one_graph(with_prototypes: bool, device: torch.devi
             found.append([loss, *torch.autograd.grad(loss, wanted, torch.linspace(-1, 2, N, device=device))])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
-        expected = graphs + (0 if temperature == 0.1 else at_first)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == expected
+        assert made.count == graphs + (0 if temperature == 0.1 else at_first)
 
 
 def test_torch_func_grad(device: torch.device) -> None:

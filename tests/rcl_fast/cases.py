@@ -19,6 +19,13 @@ class Case(dict):
         return [self[name].grad for name in ("features", "prototypes") if self.get(name) is not None]
 
 
+def representable(numbers: torch.Tensor, dtype: torch.dtype, margin: float = 1) -> torch.Tensor:
+    """Where the dtype holds them with all of its bits, and has `margin` times more room: 0 and normal numbers."""
+    limits = torch.finfo(dtype)
+    is_normal = (numbers.abs() >= margin * limits.smallest_normal) & (numbers.abs() <= limits.max / margin)
+    return (numbers == 0) | is_normal
+
+
 def draw_case(
     n: int = 60,
     dimensions: int = 20,

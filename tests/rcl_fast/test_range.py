@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, draw_case
+from cases import Case, draw_case, representable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Processes
@@ -51,9 +51,8 @@ def assert_same_bits(one: Case, other: Case, exponents: Tensor, **options: Any) 
     assert torch.equal(run(one, **options), run(other, **options))
     for gradient, small in zip(one.gradients(), other.gradients(), strict=True):
         powers, exponents = exponents[: len(gradient)], exponents[len(gradient) :]
-        limits = torch.finfo(gradient.dtype)
         expected = torch.ldexp(gradient.double(), -powers[:, None])
-        held = ((expected == 0) | (expected.abs() >= limits.smallest_normal)) & (expected.abs() <= limits.max)
+        held = representable(expected, gradient.dtype)
         assert held.double().mean() > 0.5
         assert torch.equal(small[held].double(), expected[held])
 
@@ -233,8 +232,7 @@ def test_over_several_processes(processes: Processes, backend: str, reduction: s
     assert torch.equal(plain[0], other[0])
     for one, small, powers in zip(plain[1:], other[1:], exponents.split([30, 9]), strict=True):
         expected = torch.ldexp(one.double(), -powers[:, None])
-        limits = torch.finfo(torch.float32)
-        held = ((expected == 0) | (expected.abs() >= 4 * limits.smallest_normal)) & (expected.abs() <= limits.max / 4)
+        held = representable(expected, torch.float32, margin=4)
         assert torch.equal(small[held].double(), expected[held])
 
 

@@ -137,26 +137,26 @@ def test_a_restart_after_a_killed_worker_goes_on_by_itself(nodes: Nodes, whole: 
     assert_same_end(folder, whole)
 
 
+def assert_saved_without(nodes: Nodes, folder: Path, agent: int) -> None:
+    """A run whose agent is killed on that node ends on both, and has saved itself."""
+    agents = begin(nodes, folder)
+    agents[agent].kill()
+    assert agents[1 - agent].wait() == 1
+    wait_until_nothing_runs(nodes, *agents)
+    assert status(folder) == "preempted"
+
+
 def test_without_an_agent_the_workers_of_both_nodes_save_the_run(nodes: Nodes, whole: Path, tmp_path: Path) -> None:
     """The second node's agent here: its own worker hears of its death."""
     folder = tmp_path / "run"
-    agents = begin(nodes, folder)
-    agents[1].kill()
-    assert agents[0].wait() == 1
-    wait_until_nothing_runs(nodes, *agents)
-    assert status(folder) == "preempted"
+    assert_saved_without(nodes, folder, agent=1)
     assert (folder / checkpoints.MID_EPOCH).exists()
     assert resume(nodes, folder) == [0, 0]
     assert_same_end(folder, whole)
 
 
 def test_without_the_agent_that_keeps_the_store_they_save_it_too(nodes: Nodes, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    agents = begin(nodes, folder)
-    agents[0].kill()
-    assert agents[1].wait() == 1
-    wait_until_nothing_runs(nodes, *agents)
-    assert status(folder) == "preempted"
+    assert_saved_without(nodes, tmp_path / "run", agent=0)
 
 
 def test_no_run_goes_on_in_a_folder_to_which_a_worker_without_agent_may_write(nodes: Nodes, tmp_path: Path) -> None:
