@@ -103,13 +103,21 @@ def _digest(values: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _digest_of_bits(values: Tensor) -> Tensor:
-    """Returns the sum of float64's bits, each number's times an odd number of its own, modulo 2^64: int64 [1].
+    """Returns the sum, modulo 2^64, of float64's bits, each number's mixed with its place: int64 [1].
 
-    Equal numbers of different dtypes have one digest; any single change changes it.
+    Equal numbers of different dtypes have one digest; any single change changes it. The mixing is splitmix64's (Steele,
+    Lea, Flood, OOPSLA 2014): a product alone would lose numbers like 0 and 2, whose bits are nearly all 0.
     """
     bits = (values.double() + 0.0).view(torch.int64)  # −0 becomes 0
-    places = torch.arange(len(bits), device=bits.device)
-    return (bits * (places * 0x5851F42D4C957F2D).bitwise_or(1)).sum(dim=0, keepdim=True)
+    mixed = bits + torch.arange(1, len(bits) + 1, device=bits.device) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ ((mixed >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    return mixed.sum(dim=0, keepdim=True)
+
+
+def _signed(number: int) -> int:
+    """Returns a number of 64 bits as PyTorch's integers have it."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def _checksums(prototypes: Tensor | None, device: torch.device) -> Tensor:
@@ -121,10 +129,11 @@ def _checksums(prototypes: Tensor | None, device: torch.device) -> Tensor:
         return torch.zeros(CHECKSUMS + 1, dtype=torch.float64, device=device)
     rows = prototypes.detach().to(torch.promote_types(prototypes.dtype, torch.float32))
     powers = powers_of_two(rows)
-    lengths = torch.linalg.vector_norm(rows / powers, dim=1, dtype=torch.float64)
+    scaled = rows / powers
+    lengths = torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64)
     lengths = torch.where(lengths == 0, 1.0, lengths)
     of_classes, of_features = _weights(*rows.shape, rows.dtype, device)
-    sums = (rows / powers * of_features).sum(dim=1, dtype=torch.float64) / lengths
+    sums = (scaled * of_features).sum(dim=1, dtype=torch.float64) / lengths
     logarithms = lengths.log() + powers[:, 0].double().log()
     return torch.cat([sums @ of_classes, (logarithms * of_classes[:, 0]).sum(dim=0, keepdim=True)])
 

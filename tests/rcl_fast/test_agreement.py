@@ -140,6 +140,17 @@ def test_a_digest_is_made_once_for_a_tensor_and_a_version() -> None:
         assert _digest(COUNTS.clone(), counts.device) == first
 
 
+@pytest.mark.parametrize("places", [(0, 2), (0, 4), (1, 5), (3, 11)])
+@pytest.mark.parametrize(("one", "other"), [(0.0, 2.0), (1.0, 2.0), (0.005, 1.0), (2.0, -2.0)])
+def test_a_digest_tells_two_numbers_that_change_places(places: tuple[int, int], one: float, other: float) -> None:
+    """The bits of small whole numbers are nearly all 0."""
+    values = torch.ones(12, dtype=torch.float64)
+    values[list(places)] = torch.tensor([one, other], dtype=torch.float64)
+    swapped = values.clone()
+    swapped[list(places)] = torch.tensor([other, one], dtype=torch.float64)
+    assert _digest_of_bits(values) != _digest_of_bits(swapped)
+
+
 @settings(max_examples=200)
 @given(values=st.lists(st.integers(0, 2**40), min_size=1, max_size=30), data=st.data())
 def test_a_digest_tells_numbers_and_places_apart(values: list[int], data: st.DataObject) -> None:
