@@ -1,6 +1,6 @@
 """A sheet of pictures: the same images as each loader makes views of them, side by side, to look at.
 
-    python -m bench.images.sheet --data DIR --output sheet.png    JPEGs below class folders, ImageNet-LT's recipe
+    python -m bench.images.sheet --data DIR --output sheet.png    images below DIR, ImageNet-LT's recipe
     python -m bench.images.sheet --dataset cifar100_lt --data DIR --output sheet.png
 
 DALI and the device loader share their random parameters, so their columns should be twins; torchvision samples its own.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rcl_fast.train.config import recipe
 from rcl_fast.train.data.datasets import load_splits
+from rcl_fast.train.data.image_files import find_image_files
 from rcl_fast.train.data.samples import Samples, open_image, subset
 from rcl_fast.train.loaders.base import Batch, LoaderSpec, training_spec
 from rcl_fast.train.loaders.build import make_loader
@@ -35,7 +36,7 @@ class Options:
     output: Path = Path("sheet.png")
     """Picture to write; its ending says the format."""
     dataset: Literal["imagenet_lt", "cifar10_lt", "cifar100_lt"] = "imagenet_lt"
-    """Recipe; imagenet_lt takes any folder of JPEG files below class folders."""
+    """Recipe; imagenet_lt takes all images below any folder."""
     images: int = 6
     """Rows of the sheet."""
     seed: int = 0
@@ -57,7 +58,9 @@ def main(options: Options) -> None:
 def samples(options: Options) -> Samples:
     if options.dataset != "imagenet_lt":
         return load_splits(options.dataset, options.data).train
-    files = sorted(map(str, options.data.glob("*/*")))
+    files = list(find_image_files(options.data).images)
+    if len(files) < options.images:
+        raise SystemExit(f"{options.data} has {len(files)} images below it, and --images asks for {options.images}")
     return Samples(files, np.zeros(len(files), np.int64))
 
 

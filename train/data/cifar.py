@@ -11,12 +11,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.io import ImageReadMode, decode_image
 
 from rcl_fast.train.data.folder import image_folder
 from rcl_fast.train.data.long_tail import ImbalanceShape, first_of_each_class, long_tailed_counts
 from rcl_fast.train.data.samples import BadImage, RawDataset, Samples, missing_data, open_image, subset
 from rcl_fast.train.errors import UserError
+from rcl_fast.train.runtime.wording import SHOWN
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,17 @@ def cifar_lt(name: str, data: Path | None, imbalance: float, shape: ImbalanceSha
 
 def _read(name: str, cifar: Cifar, data: Path | None) -> RawDataset:
     base, arrays = cifar.torchvision.base_folder, f"{name}.npz"
-    if data is not None and (data / arrays).exists():
+    if data is not None and (data / arrays).is_file():
         return _from_arrays(name, cifar.num_classes, data / arrays)
     if data is not None and (data / base).is_dir():
         return _from_torchvision(cifar, data)
     if data is not None and (data / "train").is_dir():
         raw = image_folder(data)
         if len(raw.class_names) != cifar.num_classes:
-            raise UserError(f"{name} has {cifar.num_classes} classes, and {data / 'train'} has {len(raw.class_names)}")
+            raise UserError(
+                f"{name} has {cifar.num_classes} classes, and {data / 'train'} has {len(raw.class_names)}: "
+                "--dataset folder trains on any number"
+            )
         return raw
     raise missing_data(
         name,
@@ -173,25 +176,20 @@ def _check_enough(balanced: RawDataset, counts: np.ndarray, what: str) -> None:
 
 
 def _in_memory(samples: Samples) -> Samples:
-    """Returns the samples with their images as one uint8 array [n, 32, 32, 3]."""
+    """Returns the samples with their images as one uint8 array [n, 32, 32, 3]. Raises BadImage with all bad ones."""
     if isinstance(samples.images, np.ndarray):
         return samples
-    images = np.empty((len(samples), 32, 32, 3), np.uint8)
-    for index, path in enumerate(samples.images):
-        image = _decode(samples, index)
-        if image.shape != (32, 32, 3):
-            height, width, _ = image.shape
-            raise BadImage(f"{path} is {width}x{height} pixels, and CIFAR's images are 32x32")
-        images[index] = image
+    images, wrong = np.empty((len(samples), 32, 32, 3), np.uint8), []
+    for index in range(len(samples)):
+        try:
+            image = open_image(samples, index)
+        except BadImage as error:
+            wrong.append(str(error))
+            continue
+        if image.size == (32, 32):
+            images[index] = np.asarray(image)
+        else:
+            wrong.append(f"{samples.images[index]} is {image.width}x{image.height} pixels, and CIFAR's are 32x32")
+    if wrong:
+        raise BadImage("\n".join(wrong[:SHOWN]) + f"\nand {len(wrong) - SHOWN:,} more" * (len(wrong) > SHOWN))
     return Samples(images, samples.labels)
-
-
-def _decode(samples: Samples, index: int) -> np.ndarray:
-    """Returns image `index`, uint8 [H, W, 3].
-
-    torchvision decodes it, twice as fast here as Pillow. Pillow decodes what torchvision can't, or says why it is bad.
-    """
-    try:
-        return decode_image(samples.images[index], ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    except RuntimeError:
-        return np.asarray(open_image(samples, index))

@@ -67,14 +67,17 @@ def load_splits(
     set, and nothing is held out. Raises FileNotFoundError, saying what is expected where, if data is missing, and
     ValueError if it is not as it should be.
     """
-    raw = _raw_dataset(name, data, imbalance, imbalance_shape)
+    raw = read_raw(name, data, imbalance, imbalance_shape)
+    check_trainable(raw, validate_on)
     if validate_on == "test":
         return _splits(raw, raw.train, raw.test, "test (as the literature does)")
     if raw.validation is not None:
         return _splits(raw, raw.train, raw.validation, "validation (the data set's own)")
     kept, out = held_out(raw.train.labels, validation_fraction, seed)
     if len(out) == 0:
-        raise UserError(f'{name}: no class has two training images to hold one out; use validate_on="test"')
+        raise UserError(
+            f"{data or name}: no class has two training images to hold one out; --validate-on test holds none"
+        )
     what = f"validation ({100 * validation_fraction:g} % of the training set, held out)"
     return _splits(raw, subset(raw.train, kept), subset(raw.train, out), what)
 
@@ -87,6 +90,7 @@ def load_noting_warnings(load: Callable[[], T]) -> T:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # as in data/decode.py, for those images read here
             loaded = load()
     except UserError:
         raise
@@ -99,16 +103,41 @@ def load_noting_warnings(load: Callable[[], T]) -> T:
     return loaded
 
 
-def _raw_dataset(name: str, data: Path | None, imbalance: float, shape: ImbalanceShape) -> RawDataset:
-    if name == "digits_lt":
-        return digits_lt(imbalance, shape)
-    if name in CIFARS:
-        return cifar_lt(name, data, imbalance, shape)
-    if name in LISTS:
-        return load_lists(name, data)
-    if name == "folder":
-        return image_folder(data)
-    raise UserError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}")
+def read_raw(name: str, data: Path | None, imbalance: float = 100, shape: ImbalanceShape = "exponential") -> RawDataset:
+    """Returns data set `name` with nothing held out. Raises as `load_splits`."""
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}")
+    try:
+        if name == "digits_lt":
+            return digits_lt(imbalance, shape)
+        if name in CIFARS:
+            return cifar_lt(name, data, imbalance, shape)
+        return load_lists(name, data) if name in LISTS else image_folder(data)
+    except NotFound as error:
+        others = [] if data is None else [other for other in layouts(data) if other != name]
+        raise NotFound(f"{error}{''.join(_HINT.format(data=data, other=other) for other in others)}") from error
+
+
+_HINT = "\n{data} is laid out as {other} is: --dataset {other}"
+
+
+def check_trainable(raw: RawDataset, validate_on: Literal["validation", "test"] = "validation") -> None:
+    """Raises UserError for a data set that is whole, but too small to train on."""
+    if len(raw.class_names) < 2:
+        raise UserError(f"there is one class, {raw.class_names[0]}: a classifier needs two")
+    if validate_on == "validation" and raw.validation is None and np.bincount(raw.train.labels).max() < 2:
+        raise UserError("no class has two training images to hold one out; --validate-on test holds none out")
+
+
+def layouts(data: Path) -> list[str]:
+    """Returns the names of the data sets that a folder looks like, by the names of the files in it."""
+    marks = {
+        **{name: (f"{name}.npz", cifar.torchvision.base_folder) for name, cifar in CIFARS.items()},
+        **{name: (listed.files["train"],) for name, listed in LISTS.items()},
+    }
+    found = [name for name, files in marks.items() if any((data / file).exists() for file in files)]
+    folders = all((data / part).is_dir() for part in ("train", "test"))
+    return [*found, *(["folder"] if folders else [])]
 
 
 def _splits(raw: RawDataset, train: Samples, validation: Samples, selected_on: str) -> Splits:

@@ -1,47 +1,39 @@
-"""Image folders: DIR/train/CLASS/*, DIR/test/CLASS/*."""
+"""Image folders: DIR/train/CLASS/*, DIR/test/CLASS/* and, where it is there, DIR/val/CLASS/*."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
-import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-from rcl_fast.train.data.samples import RawDataset, Samples, missing_data
+from rcl_fast.train.data.folder_checks import advice, notes, problems, unread
+from rcl_fast.train.data.folder_parts import find_part, samples_of
+from rcl_fast.train.data.image_files import IMAGE_SUFFIXES
+from rcl_fast.train.data.samples import RawDataset, missing_data
 from rcl_fast.train.errors import UserError
 
 
 def image_folder(data: Path | None) -> RawDataset:
-    """Returns an image folder as it is: classes in alphabetical order, the images of a class by file name.
+    """Returns an image folder as it is: classes in alphabetical order, the images of a class by folder and name.
 
-    Raises FileNotFoundError where a folder is missing or a class has no training image, ValueError for a class
-    that only the test set has. Warns where the test set lacks a class.
+    Each real file counts once, whatever links lead to it; hidden files and folders don't count. A class is named after
+    its folder: composed (NFC), with a byte that is no Unicode as `runtime.files.escaped` has it. Warns of all that is
+    left out.
+
+    Raises:
+        NotFound: DATA/train or DATA/test is missing.
+        UserError: everything that is wrong with the folders, in one list.
     """
     absent = [part for part in ("train", "test") if data is None or not (data / part).is_dir()]
     if data is None or absent:
         expected = [f"{part}/CLASS/IMAGE" for part in absent]
-        raise missing_data("folder", data, expected, f"Image formats: {' '.join(IMG_EXTENSIONS)}")
-    class_names, class_to_index = find_classes(data / "train")
-    return RawDataset(
-        train=_samples(data / "train", class_to_index),
-        test=_samples(data / "test", _tested(data, class_to_index)),
-        class_names=class_names,
-    )
-
-
-def _tested(data: Path, class_to_index: dict[str, int]) -> dict[str, int]:
-    """Returns the indices of the classes that the test set has, by name. Raises and warns as `image_folder`."""
-    names, _ = find_classes(data / "test")
-    unknown = sorted(set(names) - set(class_to_index))
-    if unknown:
-        raise UserError(f"{data / 'test'} has classes that {data / 'train'} lacks: {', '.join(unknown)}")
-    untested = sorted(set(class_to_index) - set(names))
-    if untested:
-        warnings.warn(f"{data / 'test'} has no images of: {', '.join(untested)}", stacklevel=5)
-    return {name: class_to_index[name] for name in names}
-
-
-def _samples(folder: Path, class_to_index: dict[str, int]) -> Samples:
-    images = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS)
-    return Samples([path for path, _ in images], np.array([label for _, label in images], np.int64))
+        raise missing_data("folder", data, expected, f"Image formats: {' '.join(IMAGE_SUFFIXES)}{advice(data, absent)}")
+    parts = {part: find_part(data / part) for part in ("train", "val", "test") if os.path.lexists(data / part)}
+    wrong = [*problems(parts)]
+    if wrong:
+        raise UserError("\n  ".join([f"{data}: this can't be trained on as it is:", *wrong]))
+    for note in [*notes(parts), *unread(data)]:
+        warnings.warn(note, stacklevel=2)
+    names = [*parts["train"].classes]
+    samples = {part: samples_of(of, names) for part, of in parts.items()}
+    return RawDataset(samples["train"], samples["test"], names, validation=samples.get("val"))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rcl_fast.train.data.list_file import read_list
 from rcl_fast.train.data.samples import RawDataset, Samples, missing_data
 from rcl_fast.train.errors import UserError
+from rcl_fast.train.runtime.files import escaped
+from rcl_fast.train.runtime.wording import SHOWN, counted, some
 
 _OLTR = 'by the authors of "Large-Scale Long-Tailed Recognition in an Open World" (CVPR 2019)'
 
@@ -62,21 +65,31 @@ LISTS = {
 def load_lists(name: str, data: Path | None) -> RawDataset:
     """Returns data set `name` from its lists in the folder `data`; opens no image.
 
-    Raises FileNotFoundError naming every missing list, ValueError naming file and line of a bad entry, or a class
-    that has no training image. Warns where the sizes are not the published ones.
+    A list is UTF-8; a path in it that is not must be that of a file. Warns where the sizes are not the published ones,
+    and where an image is listed more than once.
+
+    Raises:
+        NotFound: every list that is missing.
+        UserError: everything that is wrong with the lists, by file and line.
     """
     known = LISTS[name]
     absent = [file for file in known.files.values() if data is None or not (data / file).is_file()]
     if data is None or absent:
         how = f"The images go below the same folder, at the paths in the lists. {known.source}"
         raise missing_data(name, data, absent, how)
-    parts = {part: _read_list(data / file) for part, file in known.files.items()}
-    train = parts["train"]
-    num_classes = int(train.labels.max()) + 1
-    _check_every_class(train.labels, num_classes, data / known.files["train"])
-    for part in parts.values():
-        _check_labels(part, num_classes)
+    lists = {part: read_list(data / file) for part, file in known.files.items()}
+    problems = [problem for part in lists.values() for problem in part.problems]
+    train = lists["train"].samples
+    num_classes = int(train.labels.max(initial=-1)) + 1
+    if not lists["train"].problems:  # which would bring others with them
+        problems += _empty_classes(train, num_classes, data / known.files["train"])
+        for part, file in known.files.items():
+            problems += _unknown_labels(lists[part].samples, num_classes, data / file)
+    if problems:
+        raise UserError("\n  ".join([f"{name}: these lists can't be trained on as they are:", *problems]))
+    parts = {part: of.samples for part, of in lists.items()}
     _warn_of_sizes(known, parts, num_classes)
+    _warn_of_repetitions(parts)
     return RawDataset(
         train=train,
         test=parts["test"],
@@ -85,41 +98,29 @@ def load_lists(name: str, data: Path | None) -> RawDataset:
     )
 
 
-def _read_list(file: Path) -> Samples:
-    paths, labels, origins = [], [], []
-    folder = str(file.parent)
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            path, _, label = line.strip().rpartition(" ")  # the path may hold spaces
-            if not path.strip() or not label.isdecimal():
-                raise UserError(f"{file}, line {number}: expected `path label`, found {line.strip()!r}")
-            paths.append(os.path.join(folder, path.strip()))
-            labels.append(int(label))
-            origins.append(f"{file.name}, line {number}")
-    if not paths:
-        raise UserError(f"{file} lists no image: expected lines of `path label`")
-    return Samples(paths, np.array(labels, np.int64), origins)
-
-
-def _check_every_class(labels: NDArray[np.int64], num_classes: int, file: Path) -> None:
-    empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
+def _empty_classes(part: Samples, num_classes: int, file: Path) -> Iterator[str]:
+    empty = np.flatnonzero(np.bincount(part.labels, minlength=num_classes) == 0)
     if len(empty):
-        some = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-        raise UserError(
-            f"{file}: its largest label is {num_classes - 1}, but it has no image of {len(empty)} classes below: "
-            f"{some}. Labels count from 0 without gaps"
+        yield (
+            f"{_line(part, int(part.labels.argmax()), file)} has the largest label, {num_classes - 1}, but there is no "
+            f"image of {len(empty):,} classes below: {some(empty)}. "
+            "Labels count from 0 without gaps"
         )
 
 
-def _check_labels(part: Samples, num_classes: int) -> None:
+def _unknown_labels(part: Samples, num_classes: int, file: Path) -> Iterator[str]:
     outside = np.flatnonzero(part.labels >= num_classes)
-    if len(outside) and part.origins:
-        raise UserError(
-            f"{part.origins[outside[0]]}: label {part.labels[outside[0]]} is not among the training set's, "
-            f"0 to {num_classes - 1}"
+    if len(outside):
+        more = f", nor are those of {counted(outside[1:], 'more line')}" if len(outside) > 1 else ""
+        yield (
+            f"{_line(part, int(outside[0]), file)}: label {part.labels[outside[0]]} is not among the training set's, "
+            f"0 to {num_classes - 1}{more}"
         )
+
+
+def _line(part: Samples, index: int, file: Path) -> str:
+    assert part.origins is not None  # lists have them
+    return str(file.parent / part.origins[index])
 
 
 def _warn_of_sizes(known: Listed, parts: dict[str, Samples], num_classes: int) -> None:
@@ -128,6 +129,31 @@ def _warn_of_sizes(known: Listed, parts: dict[str, Samples], num_classes: int) -
     differing = [f"{what} {n:,} (published: {published[what]:,})" for what, n in sizes.items() if n != published[what]]
     if differing:
         warnings.warn(f"these lists are not the published {known.title}: {'; '.join(differing)}", stacklevel=5)
+
+
+def _warn_of_repetitions(parts: dict[str, Samples]) -> None:
+    """Warns of images that one list has more than once, and of those that two lists have."""
+    seen: dict[str, dict[str, int]] = {}
+    for part, samples in parts.items():
+        assert samples.origins is not None  # lists have them
+        first: dict[str, int] = {}
+        paths = [os.path.normpath(path) if _may_be_written_otherwise(path) else path for path in samples.images]
+        again = [i for i, path in enumerate(paths) if first.setdefault(path, i) != i]
+        if again:
+            labels = samples.labels
+            two = [i for i in again if labels[i] != labels[first[paths[i]]]]
+            what = f", {len(two):,} with another label" if two else ""
+            shown = [f"{samples.images[i]} ({samples.origins[i]})" for i in (two or again)[:SHOWN]]
+            warnings.warn(f"listed more than once: {counted(again, 'image')}{what}: {', '.join(shown)}", stacklevel=6)
+        for other, of_other in seen.items():
+            both = [path for path in first if path in of_other]
+            if both:
+                warnings.warn(f"listed in {other} and in {part}: {counted(both, 'image')}: {some(both)}", stacklevel=6)
+        seen[part] = first
+
+
+def _may_be_written_otherwise(path: str) -> bool:
+    return "/./" in path or "/../" in path or "//" in path
 
 
 def _class_names(train: Samples) -> list[str]:
@@ -139,7 +165,7 @@ def _class_names(train: Samples) -> list[str]:
     labels, first = np.unique(train.labels, return_index=True)
     folders = [PurePath(train.images[i]).parts[:-1] for i in first]
     for depth in (1, 2):
-        names = ["/".join(folder[-depth:]) for folder in folders]
+        names = [escaped("/".join(folder[-depth:])) for folder in folders]
         if len(set(names)) == len(names):
             return names
     return [str(label) for label in labels]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from rcl_fast.train.data.samples import BadImage, Samples, describe, subset
 from rcl_fast.train.errors import NotFound, UserError
 from rcl_fast.train.runtime.files import write_lines
-
-SHOWN = 5
-"""Bad files that an error message names."""
+from rcl_fast.train.runtime.wording import SHOWN, counted
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def default_file(data: Path) -> Path:
 def read_manifest(dataset: str, data: Path, file: Path | None = None) -> Manifest:
     """Returns the manifest of `data`, read from `file` or from its default place.
 
-    Raises FileNotFoundError with the command that makes it, ValueError naming the line that is no entry.
+    Raises NotFound with the command that makes it, UserError naming the line that is no entry.
     """
     made_with = f"python train/verify.py --dataset {dataset} --data {shlex.quote(str(data))}"
     if file is not None:
@@ -80,12 +78,20 @@ def read_manifest(dataset: str, data: Path, file: Path | None = None) -> Manifes
     entries = {}
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                entry = Entry(**json.loads(line))
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{file}, line {number}: not a manifest's ({error}); move the file away") from error
+            entry = _entry(line)
+            if entry is None:
+                raise UserError(f"{file}, line {number}, is none of a manifest: move it away, then\n  {made_with}")
             entries[entry.path] = entry
     return Manifest(file, data, entries, made_with)
+
+
+def _entry(line: bytes) -> Entry | None:
+    """Returns the entry of a line; None where it is none."""
+    try:
+        entry = Entry(**json.loads(line))
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry.path, str) and isinstance(entry.error, str | None) else None
 
 
 def write_manifest(file: Path, entries: Sequence[Entry]) -> None:
@@ -109,39 +115,49 @@ def changes(before: Manifest, now: Sequence[Entry]) -> Changes:
     )
 
 
-def check_readable(samples: Samples, manifest: Manifest) -> None:
+def check_readable(parts: Mapping[str, Samples], manifest: Manifest) -> None:
     """Raises BadImage, before hours of training, where the manifest knows samples as bad.
 
     It goes by the manifest alone, whatever has become of the files since, so that one manifest always gives the same
     answer. Looking at each file would take minutes over a network, and training stops at a bad file anyway.
     """
-    bad = _described(samples, manifest, _known_bad(samples, manifest))
+    bad = [
+        f"{part}: {line}"
+        for part, samples in parts.items()
+        for line in _described(samples, manifest, _known_bad(samples, manifest))
+    ]
     if bad:
         more = [f"and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
+        images = sum(map(len, parts.values()))
         raise BadImage(
-            "\n  ".join([f"{manifest.file}: {len(bad):,} of {len(samples):,} images are bad:", *bad[:SHOWN], *more])
+            "\n  ".join([f"{manifest.file}: {len(bad):,} of {images:,} images are bad:", *bad[:SHOWN], *more])
             + f"\nTrain without them: --on-bad-image skip. Or mend them, and verify again:\n  {manifest.made_with}"
         )
+
+
+def unknown_indices(samples: Samples, manifest: Manifest) -> list[int]:
+    """Returns the indices of the samples that the manifest does not have: it is older, or of other files."""
+    return [index for index, path in enumerate(_paths(samples, manifest)) if path not in manifest.entries]
 
 
 def bad_indices(samples: Samples, manifest: Manifest) -> NDArray[np.int64]:
     """Returns the indices of the samples that the manifest knows as bad.
 
-    Raises ValueError naming the first sample that the manifest does not have.
+    Raises UserError naming the first sample that the manifest does not have.
     """
-    for index, path in enumerate(_paths(samples, manifest)):
-        if path not in manifest.entries:
-            raise UserError(
-                f"{manifest.file} does not have {describe(samples, index)}: "
-                f"it is of other files; this makes it anew:\n  {manifest.made_with}"
-            )
+    unknown = unknown_indices(samples, manifest)
+    if unknown:
+        raise UserError(
+            f"{manifest.file} does not have {describe(samples, unknown[0])}: "
+            f"it is of other files; this makes it anew:\n  {manifest.made_with}"
+        )
     return _known_bad(samples, manifest)
 
 
 def without_bad(samples: Samples, manifest: Manifest, class_names: Sequence[str]) -> tuple[Samples, list[str]]:
     """Returns the samples that are not bad, and a line for each that was left out, with the cause.
 
-    Raises ValueError where `bad_indices` does, and where a class would lose all its images.
+    Raises UserError where `bad_indices` does, and where a class would lose all its images.
     """
     bad = bad_indices(samples, manifest)
     if len(bad) == 0:
@@ -150,7 +166,7 @@ def without_bad(samples: Samples, manifest: Manifest, class_names: Sequence[str]
     lost = np.setdiff1d(samples.labels, samples.labels[kept])
     if len(lost):
         index = int(np.flatnonzero(samples.labels == lost[0])[0])
-        others = f", and so it is with {len(lost) - 1:,} more classes" if len(lost) > 1 else ""
+        others = f", and so it is with {counted(lost[1:], 'more class', 'more classes')}" if len(lost) > 1 else ""
         raise UserError(
             f"every image of class {class_names[lost[0]]!r} is bad, such as {describe(samples, index)}{others}: "
             f"skipping them leaves nothing of it. All bad files are in {manifest.file}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rcl_fast.train.data.decode import cause, opened, rgb
 from rcl_fast.train.errors import NotFound, UserError
 
 
@@ -54,15 +54,15 @@ def subset(samples: Samples, indices: NDArray[np.int64]) -> Samples:
 
 
 def open_image(samples: Samples, index: int) -> Image.Image:
-    """Returns sample `index` as a decoded RGB image. Raises BadImage where its file is missing or damaged."""
+    """Returns sample `index` as a decoded RGB image. Raises BadImage where its file can't be decoded."""
     image = samples.images[index]
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     try:
-        with Image.open(image) as opened:
-            return _rgb(opened)
+        with opened(image) as file:
+            return rgb(file)
     except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-        raise BadImage(f"cannot read {describe(samples, index)}: {_cause(image, error)}") from error
+        raise BadImage(f"cannot read {describe(samples, index)}: {cause(image, error)}") from error
 
 
 def describe(samples: Samples, index: int) -> str:
@@ -73,24 +73,9 @@ def describe(samples: Samples, index: int) -> str:
     return f"the image {image}" + (f" ({samples.origins[index]})" if samples.origins else "")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Returns the image as RGB of 8 bits a channel; Pillow would clip 16-bit gray to white."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no agreed range: convert them to 8 bits")
-    return image.convert("RGB")
-
-
-def _cause(path: str, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if os.path.isfile(path) and os.path.getsize(path) == 0:  # pathlib's methods raise for a name that no file can have
-        return "the file is empty"
-    return f"{type(error).__name__}: {error}"
-
-
 def missing_data(name: str, data: Path | None, expected: Sequence[str], how: str) -> NotFound:
     """Returns the error for a data set whose paths `expected` are not below `data`; `how` says how to get them."""
     where = f"not found below {data}" if data is not None else "no data folder was given; --data DIR should hold"
+    if data is not None and not data.is_dir():
+        where += f", which is {'a file' if data.exists() else 'not there'}"
     return NotFound("\n".join([f"{name}: {where}:", *(f"  {path}" for path in expected), how]))

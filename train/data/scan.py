@@ -6,7 +6,6 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,11 +16,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
+from rcl_fast.train.data.decode import cause, opened, rgb
 from rcl_fast.train.data.manifest import Entry
-from rcl_fast.train.data.samples import BadImage, Samples, describe, open_image
 from rcl_fast.train.errors import UserError
 
 CHUNK = 32  # images that a process is handed at once: some tenths of a second's work
@@ -74,37 +70,30 @@ def _processes() -> BaseContext:
 def scan_file(entry: Entry, data: Path) -> Entry:
     """Returns the entry, completed from its file below `data`. Nothing in a file makes this raise."""
     path = os.path.join(data, entry.path)
-    if os.path.exists(path) and not os.path.isfile(path):  # to open a named pipe would wait forever
-        return replace(entry, error="it is a folder or a device, not a file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of oddities in files that it can read
-        return replace(entry, **_fingerprint(path), **_header(path), error=_error(path))
+    return replace(entry, **_fingerprint(path), **_decoded(path))
 
 
 def _fingerprint(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):  # to open a named pipe would wait forever
+        return {}
     digest, size = hashlib.sha256(), 0
     try:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
                 size += len(block)
-    except (OSError, ValueError):  # ValueError: such as a path with a null byte
+    except OSError:
         return {}
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _header(path: str) -> dict[str, Any]:
+def _decoded(path: str) -> dict[str, Any]:
+    """Returns what decoding the file shows, or what its header says and why it can't be decoded."""
+    known: dict[str, Any] = {}
     try:
-        with Image.open(path) as image:
-            return {"width": image.width, "height": image.height, "mode": image.mode, "format": image.format}
-    except Exception:  # as in open_image, which will say why
-        return {}
-
-
-def _error(path: str) -> str | None:
-    samples = Samples([path], np.zeros(1, np.int64))
-    try:
-        open_image(samples, 0)
-    except BadImage as error:
-        return str(error).removeprefix(f"cannot read {describe(samples, 0)}: ")
-    return None
+        with opened(path) as image:
+            known = {"width": image.width, "height": image.height, "mode": image.mode, "format": image.format}
+            width, height = rgb(image).size  # a TIFF may be turned as it is decoded
+        return known | {"width": width, "height": height}
+    except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
+        return known | {"error": cause(path, error)}

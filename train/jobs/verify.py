@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rcl_fast.metrics import FEW_BELOW, MANY_ABOVE
-from rcl_fast.train.data.datasets import load_noting_warnings, load_splits
-from rcl_fast.train.data.folder import image_folder
-from rcl_fast.train.data.lists import LISTS, load_lists
+from rcl_fast.train.arguments import ranges
+from rcl_fast.train.config import recipe
+from rcl_fast.train.data.datasets import check_trainable, load_noting_warnings, load_splits, read_raw
+from rcl_fast.train.data.lists import LISTS
 from rcl_fast.train.data.manifest import (
     Changes,
     Entry,
@@ -31,21 +32,22 @@ from rcl_fast.train.data.manifest import (
 )
 from rcl_fast.train.data.samples import RawDataset, Samples, describe
 from rcl_fast.train.data.scan import CHUNK, scan
-from rcl_fast.train.errors import NotWritten, UserError, refuse
+from rcl_fast.train.errors import NotWritten, UserError
 from rcl_fast.train.options import VerifyOptions
 from rcl_fast.train.runtime.console import print_table, print_text
 from rcl_fast.train.runtime.threads import usable_cpus
+from rcl_fast.train.runtime.wording import SHOWN, counted, some
 
-SHOWN = 5  # how many files or classes of each kind are named
 CLASSES_SHOWN = 20  # a data set of more classes gets a summary
 
 
 def verify(options: VerifyOptions) -> int:
     """Verifies, writes the manifest, prints the results; returns the exit status. Raises UserError if it can't."""
-    refuse({f"--workers must be 0 or more, got {options.workers}": options.workers is not None and options.workers < 0})
+    ranges.check(options)
     if options.dataset in (*LISTS, "folder"):
         return _verify_files(options)
-    splits = load_noting_warnings(partial(load_splits, options.dataset, options.data))
+    imbalance = recipe(options.dataset, "bcl_rcl").data.imbalance
+    splits = load_noting_warnings(partial(load_splits, options.dataset, options.data, imbalance=imbalance))
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     entries = [Entry("", part, int(label)) for part, samples in parts.items() for label in samples.labels]
     _show_splits(entries, {})
@@ -66,7 +68,7 @@ class ImageRef(NamedTuple):
 
 
 def _verify_files(options: VerifyOptions) -> int:
-    raw = load_noting_warnings(partial(_raw_dataset, options.dataset, options.data))
+    raw = load_noting_warnings(partial(read_raw, options.dataset, options.data))
     data = options.data or Path()  # without a folder, `_load` has raised
     file = options.manifest or default_file(data)
     _check_writable(file)
@@ -89,15 +91,23 @@ def _verify_files(options: VerifyOptions) -> int:
     _show_splits(entries, LISTS[options.dataset].sizes if options.dataset in LISTS else {})
     _show_classes(entries, raw.class_names)
     _show_formats(entries)
+    _show_copies(entries, raw.class_names)
     if before:
         _show_changes(since, _earlier(file))
     _show_bad([(image, entry.error) for image, entry in zip(images, entries, strict=True) if entry.error])
     print_text(f"manifest: {file}")
-    return 1 if since.changed or any(entry.error for entry in entries) else 0
+    good = not since.changed and not any(entry.error for entry in entries)
+    return 0 if _is_trainable(raw) and good else 1
 
 
-def _raw_dataset(dataset: str, data: Path | None) -> RawDataset:
-    return image_folder(data) if dataset == "folder" else load_lists(dataset, data)
+def _is_trainable(raw: RawDataset) -> bool:
+    """Returns whether a run would take the data set, and prints why it would not."""
+    try:
+        check_trainable(raw)
+    except UserError as error:
+        print_text(f"a run would refuse it: {error}")
+        return False
+    return True
 
 
 def _image_refs(raw: RawDataset) -> Iterator[ImageRef]:
@@ -185,13 +195,13 @@ def _show_classes(entries: Sequence[Entry], names: Sequence[str]) -> None:
     print_table(table)
     largest, smallest = int(train.argmax()), int(train.argmin())
     print_text(
-        f"{len(names):,} classes; training images that decode: "
+        f"{counted(names, 'class', 'classes')}; training images that decode: "
         f"{train[largest]:,} ({names[largest]}) down to {train[smallest]:,} ({names[smallest]})",
     )
     for split, of_split in counts.items():
         empty = [name for name, count in zip(names, of_split, strict=True) if count == 0]
         if empty:
-            print_text(f"{split} has no image that decodes of {_some(empty)}")
+            print_text(f"{split} has no image that decodes of {some(empty)}")
 
 
 def _show_formats(entries: Sequence[Entry]) -> None:
@@ -200,13 +210,32 @@ def _show_formats(entries: Sequence[Entry]) -> None:
     print_text("formats: " + ", ".join(f"{what} {count:,}" for what, count in formats.most_common()))
 
 
+def _show_copies(entries: Sequence[Entry], names: Sequence[str]) -> None:
+    """Prints which images are the same, byte for byte, where that makes figures better or labels wrong."""
+    first: dict[str, dict[str | None, Entry]] = {"train": {}, "validation": {}}
+    copies: dict[str, list[str]] = defaultdict(list)
+    for entry in entries:  # training images come first, then those to validate on
+        if entry.error:
+            continue
+        others = [(split, known[entry.sha256]) for split, known in first.items() if entry.sha256 in known]
+        for split, of in others:
+            if split != entry.split:
+                copies[f"of {entry.split} also in {split}"].append(f"{entry.path} is {of.path}")
+            elif entry.label != of.label:
+                both = f"{entry.path} is {of.path}: {names[entry.label]}, {names[of.label]}"
+                copies[f"of {split} in two classes"].append(both)
+        first.get(entry.split, {}).setdefault(entry.sha256, entry)
+    for what, lines in copies.items():
+        print_text(f"{counted(lines, 'image')} {what}, byte for byte: {some(lines)}")
+
+
 def _show_changes(since: Changes, earlier: Path) -> None:
     print_text(
         "since the earlier manifest: " + ", ".join(f"{len(paths):,} {what}" for what, paths in since._asdict().items()),
     )
     for what, paths in since._asdict().items():
         if paths:
-            print_text(f"  {what}: {_some(paths)}")
+            print_text(f"  {what}: {some(paths)}")
     if since.changed:
         print_text(f"  the earlier manifest is kept as {earlier}")
 
@@ -235,18 +264,16 @@ _KINDS = {
     "it is a folder": "a folder or a device",
     "UnidentifiedImageError": "no image, or of an unknown format",
     "OSError: image file is truncated": "truncated",
+    "OSError: Truncated File Read": "truncated",
     "DecompressionBombError": "too many pixels",
+    "it has ": "too elongated",
+    "pixels of 32 bits": "32 bits a channel",
     "PermissionError": "not permitted to read",
 }
 
 
 def _kind(error: str) -> str:
     return next((kind for start, kind in _KINDS.items() if error.startswith(start)), "damaged")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _table(first: str, *others: str) -> Table:

@@ -20,14 +20,11 @@ from rcl_fast.train.loop.evaluation import Evaluation
 from rcl_fast.train.network.models import LongTailedClassifier
 from rcl_fast.train.options import Config
 from rcl_fast.train.report.page import Report, write_report
+from rcl_fast.train.rundir.result_files import METRICS, PER_CLASS, REPORT
 from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.console import print_table
 from rcl_fast.train.runtime.files import write_text
 from rcl_fast.train.runtime.hardware import Runtime
-
-METRICS = "metrics.json"
-PER_CLASS = "per_class.csv"
-REPORT = "report.html"
 
 
 class Outcome(NamedTuple):
@@ -110,8 +107,7 @@ def write_per_class(path: Path, names: list[str], counts: Tensor, confusion: Ten
     table.writerow(["class", "training_images", "test_images", "accuracy", "precision"])
     accuracy, precision = (_plain(f(confusion)) for f in (metrics.per_class_accuracy, metrics.per_class_precision))
     table.writerows(zip(names, counts.tolist(), confusion.sum(dim=1).tolist(), accuracy, precision, strict=True))
-    # A class is named after its folder, and a folder's name need not be valid Unicode.
-    write_text(path, rows.getvalue().encode(errors="replace").decode())
+    write_text(path, rows.getvalue())
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import rich
 from rich.table import Table
 
+from rcl_fast.train.runtime.files import printable
+
 
 def print_text(text: str) -> None:
     """Prints what may name files: no markup is read in it, and names that are no UTF-8 don't stop it."""
-    readable = text.encode(errors="replace").decode()
-    rich.get_console().print(readable, markup=False, highlight=False, soft_wrap=True)
+    rich.get_console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:

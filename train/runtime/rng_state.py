@@ -38,3 +38,14 @@ def restore(saved: dict[str, Any], device: torch.device) -> None:
     random.setstate(saved["python"])
     name, keys, *position = saved["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *position))  # noqa: NPY002
+
+
+def is_one(saved: Any) -> bool:
+    """Returns whether `restore` can restore what was saved, of the CPU's generators."""
+    cpu = torch.device("cpu")
+    with preserved(cpu):
+        try:
+            restore(saved, cpu)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # each generator has its own
+            return False
+    return True

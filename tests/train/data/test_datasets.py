@@ -13,6 +13,7 @@ from rcl_fast.train.data.cifar import CIFARS, Cifar
 from rcl_fast.train.data.datasets import DATASETS, BadImage, Splits, load_splits, open_image
 from rcl_fast.train.data.digits import digits_lt
 from rcl_fast.train.data.samples import Samples
+from rcl_fast.train.errors import NotFound
 
 Lists = Callable[..., Path]
 
@@ -274,62 +275,22 @@ class TestLists:
         assert load("imagenet_lt", imagenet(train=train)).class_names == names
 
 
-class TestFolder:
-    @pytest.fixture
-    def data(self, tmp_path: Path) -> Path:
-        for name, count in (("ash", 10), ("oak", 3)):
-            for i in range(count):
-                save_image(tmp_path / "train" / name / f"{i}.jpg")
-            save_image(tmp_path / "test" / name / "0.webp")
-        return tmp_path
-
-    def test_it_is_used_as_it_is(self, data: Path) -> None:
-        (data / "train" / "ash" / "notes.txt").write_text("not an image")
-        splits = load_splits("folder", data, imbalance=100)
-        assert splits.class_counts.tolist() == [9, 2]
-        assert len(splits.validation) == 2
-        assert len(splits.test) == 2
-        assert splits.class_names == ["ash", "oak"]
-        assert splits.train.labels.tolist() == [path.count("oak") for path in splits.train.images]
-
-    def test_the_seed_changes_only_what_is_held_out(self, data: Path) -> None:
-        one, two = (load_splits("folder", data, seed=seed, validation_fraction=0.3) for seed in (1, 2))
-        assert one.test.images == two.test.images
-        assert one.validation.images != two.validation.images
-        whole = load_splits("folder", data, validate_on="test").train
-        for splits in (one, two):
-            assert sorted([*splits.train.images, *splits.validation.images]) == sorted(whole.images)
-
-    def test_what_is_held_out_is_said(self, data: Path) -> None:
-        assert load_splits("folder", data).selected_on == "validation (10 % of the training set, held out)"
-
-    def test_a_class_of_the_test_set_alone_is_refused(self, data: Path) -> None:
-        save_image(data / "test" / "elm" / "0.png")
-        with pytest.raises(ValueError, match=r"test has classes that .*train lacks: elm"):
-            load_splits("folder", data)
-
-    def test_a_class_that_is_never_tested_gives_a_warning(self, data: Path) -> None:
-        save_image(data / "train" / "elm" / "0.png")
-        with pytest.warns(UserWarning, match=r"test has no images of: elm"):
-            splits = load_splits("folder", data)
-        assert splits.class_names == ["ash", "elm", "oak"]
-        assert splits.test.labels.tolist() == [0, 2]
-
-    def test_a_class_without_an_image_is_named(self, data: Path) -> None:
-        (data / "train" / "elm").mkdir()
-        with pytest.raises(FileNotFoundError, match="elm"):
-            load_splits("folder", data, validate_on="test")
-
-    def test_missing_folders_are_named(self, data: Path) -> None:
-        (data / "test").rename(data / "tests")
-        with pytest.raises(FileNotFoundError, match=r"(?s)folder: not found below.*test/CLASS/IMAGE"):
-            load_splits("folder", data)
-
-    def test_nothing_to_hold_out_is_refused(self, tmp_path: Path) -> None:
-        for part in ("train", "test"):
-            save_image(tmp_path / part / "ash" / "0.png")
-        with pytest.raises(ValueError, match=r'no class has two training images.*validate_on="test"'):
-            load_splits("folder", tmp_path)
+@pytest.mark.parametrize(
+    ("asked", "there", "hint"),
+    [
+        ("folder", ["cifar100_lt.npz"], "cifar100_lt"),
+        ("folder", ["cifar-10-batches-py/"], "cifar10_lt"),
+        ("folder", ["ImageNet_LT_train.txt", "train/n01440764/"], "imagenet_lt"),
+        ("cifar10_lt", ["cifar100_lt.npz"], "cifar100_lt"),
+        ("places_lt", ["train/ash/", "test/ash/"], "folder"),
+    ],
+)
+def test_the_layout_of_another_data_set_is_named(tmp_path: Path, asked: str, there: list[str], hint: str) -> None:
+    for path in there:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).mkdir(parents=True) if path.endswith("/") else (tmp_path / path).touch()
+    with pytest.raises(NotFound, match=rf"\n{tmp_path} is laid out as {hint} is: --dataset {hint}$"):
+        load_splits(asked, tmp_path)
 
 
 class TestOpenImage:
@@ -361,7 +322,7 @@ class TestOpenImage:
             open_image(load("imagenet_lt", folder).train, 1)
 
     def test_held_out_images_keep_their_lines(self, tmp_path: Path) -> None:
-        (tmp_path / "iNaturalist18_train.txt").write_text("".join(f"a/{i}.jpg 0\n" for i in range(10)))
+        (tmp_path / "iNaturalist18_train.txt").write_text("".join(f"a/{i}.jpg {i // 9}\n" for i in range(10)))
         (tmp_path / "iNaturalist18_val.txt").write_text("a/9.jpg 0\n")
         held = load("inaturalist18", tmp_path).validation
         line = int(Path(held.images[0]).stem) + 1

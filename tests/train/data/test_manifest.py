@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from rcl_fast.train.data.manifest import (
-    SHOWN,
     Entry,
     Manifest,
     bad_indices,
@@ -19,6 +18,7 @@ from rcl_fast.train.data.manifest import (
     write_manifest,
 )
 from rcl_fast.train.data.samples import BadImage, Samples
+from rcl_fast.train.runtime.wording import SHOWN
 
 DATA = Path("data")
 NAMES = ["ash", "oak"]
@@ -73,7 +73,7 @@ class TestOnDisk:
         file = default_file(tmp_path)
         write_manifest(file, [entry("a.jpg")])
         file.write_bytes(file.read_bytes() + line.encode(errors="surrogateescape"))
-        with pytest.raises(ValueError, match=rf"{file}, line 2: not a manifest's"):
+        with pytest.raises(ValueError, match=rf"{file}, line 2, is none of a manifest"):
             read_manifest("folder", tmp_path)
 
 
@@ -121,9 +121,9 @@ class TestCheckReadable:
     def test_bad_samples_are_named_with_their_lines_and_what_to_do(self) -> None:
         known = manifest(entry("a.jpg"), entry("b.jpg", error="the file is empty"))
         with pytest.raises(BadImage) as error:
-            check_readable(samples("a.jpg", "b.jpg"), known)
+            check_readable({"train": samples("a.jpg", "b.jpg")}, known)
         assert "1 of 2 images are bad" in str(error.value)
-        assert "data/b.jpg (train.txt, line 2): the file is empty" in str(error.value)
+        assert "train: the image data/b.jpg (train.txt, line 2): the file is empty" in str(error.value)
         assert "a.jpg (" not in str(error.value)
         assert "--on-bad-image skip" in str(error.value)
         assert known.made_with in str(error.value)
@@ -131,14 +131,14 @@ class TestCheckReadable:
     def test_of_many_the_first_are_named_and_the_rest_counted(self) -> None:
         paths = [f"{i}.jpg" for i in range(SHOWN + 3)]
         with pytest.raises(BadImage, match=r"(?s)0\.jpg.*4\.jpg.*and 3 more") as error:
-            check_readable(samples(*paths), manifest(*(entry(path, error="bad") for path in paths)))
+            check_readable({"train": samples(*paths)}, manifest(*(entry(path, error="bad") for path in paths)))
         assert "5.jpg" not in str(error.value)
 
     def test_bad_files_that_are_no_samples_and_samples_it_has_not_are_let_pass(self) -> None:
-        check_readable(samples("a.jpg", "new.jpg"), manifest(entry("a.jpg"), entry("b.jpg", error="bad")))
+        check_readable({"train": samples("a.jpg", "new.jpg")}, manifest(entry("a.jpg"), entry("b.jpg", error="bad")))
 
     def test_images_in_memory_pass(self) -> None:
-        check_readable(IN_MEMORY, manifest(entry("b.jpg", error="bad")))
+        check_readable({"train": IN_MEMORY}, manifest(entry("b.jpg", error="bad")))
 
 
 class TestSkipping:

@@ -170,7 +170,7 @@ class TestCounts:
         name = os.fsdecode(b"\xff.jpg")
         (tmp_path / "test" / "ash" / name).touch()
         assert run(tmp_path, "--dataset", "folder") == 1
-        assert f"the image {tmp_path}/test/ash/?.jpg: the file is empty" in capsys.readouterr().out
+        assert f"the image {tmp_path}/test/ash/\\xff.jpg: the file is empty" in capsys.readouterr().out
         assert read_manifest("folder", tmp_path).entries[f"test/ash/{name}"].error == "the file is empty"
 
     def test_images_in_memory_need_no_manifest(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +178,59 @@ class TestCounts:
         printed = capsys.readouterr().out
         assert "it needs no manifest" in printed
         assert "selected on validation (the data set's own)" in printed
+        assert "│ train      │    383 │   0 │" in printed, "of the recipe's imbalance, as a run trains on them"
         assert "│ test       │    400 │   0 │" in printed
+
+
+class TestCopies:
+    """What stands in two places byte for byte: verify.py alone reads every byte."""
+
+    @pytest.fixture
+    def folder(self, odd: Path, tmp_path: Path) -> Path:
+        for place, file in {
+            "train/ash/1.jpg": "plain.jpg",
+            "train/ash/2.png": "alpha.png",
+            "train/oak/3.jpg": "gray.jpg",
+            "val/ash/4.jpg": "cmyk.jpg",
+            "test/ash/5.gif": "picture.gif",
+        }.items():
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(odd / file, tmp_path / place)
+        return tmp_path
+
+    def verified(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+        assert run(folder, "--dataset", "folder") == 0
+        return capsys.readouterr().out
+
+    def test_without_copies_nothing_is_said(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "byte for byte" not in self.verified(folder, capsys)
+
+    @pytest.mark.parametrize("part", ["val", "test"])
+    def test_images_that_are_trained_on_too(self, folder: Path, capsys: pytest.CaptureFixture[str], part: str) -> None:
+        shutil.copy(folder / "train/ash/1.jpg", folder / part / "ash/copy.jpg")
+        split = {"val": "validation"}.get(part, part)
+        told = f"1 image of {split} also in train, byte for byte: {part}/ash/copy.jpg is train/ash/1.jpg"
+        assert told in self.verified(folder, capsys)
+
+    def test_images_to_validate_on_that_are_tested_too(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        shutil.copy(folder / "val/ash/4.jpg", folder / "test/ash/copy.jpg")
+        told = "1 image of test also in validation, byte for byte: test/ash/copy.jpg is val/ash/4.jpg"
+        assert told in self.verified(folder, capsys)
+
+    def test_one_image_in_two_classes(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        shutil.copy(folder / "train/ash/1.jpg", folder / "train/oak/copy.jpg")
+        shutil.copy(folder / "train/ash/1.jpg", folder / "train/ash/copy.jpg")
+        printed = self.verified(folder, capsys)
+        assert "1 image of train in two classes, byte for byte" in printed
+        assert "train/oak/copy.jpg is train/ash/1.jpg: oak, ash" in printed
+
+
+def test_what_a_run_would_refuse_is_told(odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part / "ash").mkdir(parents=True)
+        shutil.copy(odd / "plain.jpg", tmp_path / part / "ash")
+    assert run(tmp_path, "--dataset", "folder") == 1
+    assert "a run would refuse it: there is one class, ash: a classifier needs two" in capsys.readouterr().out
 
 
 class TestSecondRun:
@@ -210,7 +262,7 @@ class TestSecondRun:
     def test_what_is_no_manifest_is_not_replaced(self, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (data / "notes").write_text("dear diary\n")
         no_decoding(monkeypatch)
-        with pytest.raises(SystemExit, match=r"notes, line 1: not a manifest's"):
+        with pytest.raises(SystemExit, match=r"notes, line 1, is none of a manifest"):
             run(data, "--manifest", str(data / "notes"))
         assert (data / "notes").read_text() == "dear diary\n"
 
@@ -310,5 +362,5 @@ class TestStopped:
             verify.main(["--dataset", "imagenet_lt"])
 
     def test_a_negative_number_of_processes_is_refused(self, data: Path) -> None:
-        with pytest.raises(SystemExit, match="--workers must be 0 or more, got -1"):
+        with pytest.raises(SystemExit, match="--workers must be at least 0, got -1"):
             run(data, "--workers", "-1")

@@ -14,7 +14,7 @@ def test_a_row_a_class(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8").splitlines() == [
         "class,training_images,test_images,accuracy,precision",
         '"ant, red",120,4,0.75,1.0',
-        "caf?,30,2,1.0,0.6666666666666666",
+        r"caf\xe9,30,2,1.0,0.6666666666666666",
         "c,5,0,,",
     ]
 
