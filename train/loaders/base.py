@@ -20,7 +20,7 @@ from rcl_fast.train.options import ViewKind, ViewOptions
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The b images of one step."""
+    """The b images of one step: 0 where all of them are bad, and are to be left out."""
 
     views: tuple[Tensor, ...]
     """x1, or x1, x2, x3: [b, 3, S, S] each, normalised, on the loader's device."""
@@ -66,7 +66,11 @@ class Loader(Protocol):
     """What the batches depend on, by names for people."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Gives the batches of an epoch from step `start` on, whatever was asked for before."""
+        """Gives the batches of an epoch from step `start` on, whatever was asked for before.
+
+        They are always `steps_per_epoch - start`, as all processes take part in every step: where every image of a step
+        is left out as bad, its batch has no images, views [0, 3, S, S] and labels and indices [0].
+        """
         ...
 
 
@@ -161,5 +165,5 @@ def _digest(samples: Samples) -> str:
         digest.update(np.ascontiguousarray(samples.images).data)
     elif len(samples):
         folder = os.path.commonpath([os.path.dirname(path) for path in samples.images])
-        digest.update("\0".join(path[len(folder) :] for path in samples.images).encode())
+        digest.update("\0".join(path[len(folder) :] for path in samples.images).encode(errors="surrogatepass"))
     return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -11,10 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from rcl_fast.train.config import recipe
 from rcl_fast.train.data.datasets import Splits, load_noting_warnings, load_splits
-from rcl_fast.train.data.manifest import Manifest, check_readable, default_file, read_manifest, without_bad
-from rcl_fast.train.data.samples import BadImage, Samples
+from rcl_fast.train.data.manifest import (
+    Manifest,
+    check_readable,
+    default_file,
+    read_manifest,
+    unknown_indices,
+    without_bad,
+)
+from rcl_fast.train.data.samples import BadImage, Samples, describe
 from rcl_fast.train.errors import UserError
 from rcl_fast.train.loaders.base import (
     Loader,
@@ -30,6 +40,8 @@ from rcl_fast.train.loaders.torchvision import TorchvisionLoader
 from rcl_fast.train.options import Config, LoaderName, training_kinds
 from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.hardware import Runtime
+from rcl_fast.train.runtime.threads import usable_cpus
+from rcl_fast.train.runtime.wording import counted
 from rcl_fast.train.views.params import plan_view
 
 _logger = logging.getLogger(__name__)
@@ -75,6 +87,7 @@ def training_loader(config: Config, splits: Splits, runtime: Runtime) -> Loader:
     spec = _training_spec(config, splits, _on_bad(config))
     if config.data.synthetic_data:
         return SyntheticLoader(spec, runtime.device)
+    _note_workers(config)
     return _build(config, spec, runtime, compile=config.run.compile and runtime.device.type == "cuda")
 
 
@@ -128,6 +141,16 @@ def _build(config: Config, spec: LoaderSpec, runtime: Runtime, *, compile: bool 
         raise UserError(f"--loader {data.loader}: {error}") from error
 
 
+def _note_workers(config: Config) -> None:
+    """Logs where the loader's workers are more than the CPUs; PyTorch would warn of it for every loader."""
+    cpus, processes = usable_cpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = config.data.workers * processes
+    of_recipe = recipe(config.data.dataset, config.loss.loss).data.workers  # is nobody's choice
+    if config.data.loader != "device" and workers > cpus and config.data.workers != of_recipe:
+        fewer = max(1, cpus // processes)
+        _logger.info(f"note: {workers} workers load images on {cpus} CPUs: --workers {fewer} may be as fast")
+
+
 def _without_bad(config: Config, splits: Splits) -> Splits:
     """Returns the data set without the images that the manifest knows as bad.
 
@@ -135,20 +158,39 @@ def _without_bad(config: Config, splits: Splits) -> Splits:
     """
     data = config.data
     assert data.data is not None  # images in files have a folder
-    names = ("train", "validation", "test")
-    parts = {name: getattr(splits, name) for name in names}
+    parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     if data.on_bad_image == "error":
-        if (data.manifest or default_file(data.data)).is_file():
-            manifest = _manifest(config, data.data)
-            for samples in parts.values():
-                check_readable(samples, manifest)
+        if data.manifest is not None or default_file(data.data).is_file():
+            if splits.validation is splits.test:
+                del parts["validation"]
+            _check_by_manifest(parts, _manifest(config, data.data))
         return splits
     manifest = _manifest(config, data.data)
     for name, samples in parts.items():
         parts[name], left_out = without_bad(samples, manifest, splits.class_names)
         if left_out:
-            _logger.info(f"{name}: {len(left_out):,} bad images left out (all in {manifest.file}), first {left_out[0]}")
-    return dataclasses.replace(splits, **parts)
+            what = counted(left_out, "bad image")
+            _logger.info(f"{name}: {what} left out (all in {manifest.file}), first {left_out[0]}")
+    good = dataclasses.replace(splits, **parts)
+    return dataclasses.replace(good, published_counts=good.class_counts + _good_of_held_out(splits, good))
+
+
+def _check_by_manifest(parts: dict[str, Samples], manifest: Manifest) -> None:
+    """Raises BadImage for images that the manifest knows as bad; logs a note where it lacks some."""
+    check_readable(parts, manifest)
+    unknown = [describe(samples, i) for samples in parts.values() for i in unknown_indices(samples, manifest)]
+    if unknown:
+        _logger.info(
+            f"note: {manifest.file} does not have {counted(unknown, 'image')}, such as {unknown[0]}; this makes it "
+            f"anew:\n  {manifest.made_with}"
+        )
+
+
+def _good_of_held_out(splits: Splits, good: Splits) -> NDArray[np.int64]:
+    """Returns how many images of each class are held out of the training set and not bad, [num_classes]."""
+    if np.array_equal(splits.published_counts, splits.class_counts):  # validation is of its own
+        return np.zeros_like(splits.class_counts)
+    return np.bincount(good.validation.labels, minlength=splits.num_classes)
 
 
 def _manifest(config: Config, data: Path) -> Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import RandomCrop
 
-from rcl_fast.train.data.samples import BadImage, Samples, describe, open_image
+from rcl_fast.train.data.samples import BadImage, describe
 from rcl_fast.train.loaders.base import Batch, LoaderSpec, fingerprint
+from rcl_fast.train.loaders.dali_files import DaliFiles, Given
 from rcl_fast.train.views.params import plan_view, sample_params
-from rcl_fast.train.views.transforms import RequireSize
+from rcl_fast.train.views.transforms import RequireCrop, RequireSize, size_as_is, size_of_digits
 
 try:
     import nvidia.dali
@@ -39,14 +40,18 @@ class DaliLoader:
     def __init__(self, spec: LoaderSpec, *, device: torch.device, threads: int) -> None:
         """Builds the pipeline, with `threads` CPU threads. Raises ValueError for views that only torchvision makes."""
         dali_graph.check(spec.kinds, spec.options)
+        in_memory = isinstance(spec.samples.images, np.ndarray)
+        version = "DALI 3, without Numba" if in_memory else "DALI 4, unusual files by Pillow"
         self.steps_per_epoch = len(spec.batches(0))
-        self.fingerprint = fingerprint(spec, f"DALI 3, without Numba (nvidia-dali {nvidia.dali.__version__})")
+        self.fingerprint = fingerprint(spec, f"{version} (nvidia-dali {nvidia.dali.__version__})")
         self._spec = spec
         self._labels = torch.from_numpy(spec.samples.labels)
         self._device = device
         self._threads = threads
         self._bad: dict[int, BadImage] = {}
-        self._source = _Source(spec, self._bad)
+        side = spec.options.image_size
+        self._files = None if in_memory else DaliFiles(spec.samples, self._bad, side=side, threads=threads)
+        self._source = _Source(spec, self._files)
         self._pipeline = self._build()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -58,8 +63,7 @@ class DaliLoader:
             for index in indices.tolist():
                 if index in self._bad:
                     self._spec.on_bad(self._bad[index])
-            if batch is not None:
-                yield batch
+            yield batch
 
     def _build(self) -> Pipeline:
         return _views(
@@ -81,65 +85,78 @@ class DaliLoader:
         except RuntimeError:  # a bad image in a batch that is not needed any more
             self._pipeline = self._build()
 
-    def _batch(self, step: int) -> Batch | None:
-        """Returns the good images of a step; None where there is none."""
+    def _batch(self, step: int) -> Batch:
+        """Returns the good images of a step."""
         stream = None if _gpu(self._device) is None else torch.cuda.current_stream(self._device)
-        while self._source.good(step).size:
+        while True:
             try:
                 outputs = self._pipeline.run(stream)
             except RuntimeError as error:
                 self._recover(step, error)
             else:
-                return self._tensors(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
-        return None
+                return self._good(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
 
     def _recover(self, step: int, error: RuntimeError) -> None:
-        """Builds the pipeline anew, to go on from a step without the bad files, the first of which ended it."""
-        met = np.concatenate(self._source.batches[step : self._source.given])
-        bad = _bad_files(self._spec.samples, met, _gpu(self._device))
-        if not bad:
+        """Builds the pipeline anew, to go on from a step; the files that ended it are Pillow's from now on."""
+        if self._files is None:
             raise error
-        self._bad |= bad
-        self._source.given = step
+        met = [int(index) for batch in self._source.batches[step : self._source.given] for index in batch]
+        failing = _failing(self._files, met, _gpu(self._device))
+        if not failing:
+            raise error
+        self._files.leave_to_pillow(failing)
+        self._source.go_on_from(step)
         self._pipeline = self._build()
 
-    def _tensors(self, index: Tensor, shapes: Tensor, *outputs: Tensor) -> Batch | None:
+    def _good(self, index: Tensor, shapes: Tensor, *outputs: Tensor) -> Batch:
+        """Returns the batch of the pipeline's outputs without the bad images."""
         views = tuple(output.permute(0, 3, 1, 2) for output in outputs)
-        bad = _bad_sizes(self._spec, index, shapes)
-        if not bad:
+        self._bad |= _bad_sizes(self._spec, index, shapes)
+        rows = torch.tensor([row for row, i in enumerate(index.tolist()) if i not in self._bad], dtype=torch.int64)
+        if len(rows) == len(index):
             return Batch(views, self._labels[index], index)
-        self._bad |= bad
-        rows = torch.tensor([row for row, i in enumerate(index.tolist()) if i not in bad], dtype=torch.int64)
-        if not len(rows):
-            return None
         return Batch(tuple(view[rows.to(view.device)] for view in views), self._labels[index][rows], index[rows])
 
 
 class _Source:
-    """What the pipeline asks for each next batch: images, indices, and the random parameters of the views."""
+    """What the pipeline asks for each next step: images, indices, and the random parameters of the views."""
 
-    def __init__(self, spec: LoaderSpec, bad: dict[int, BadImage]) -> None:
+    def __init__(self, spec: LoaderSpec, files: DaliFiles | None) -> None:
+        """Has `files`, unless the images are in memory."""
         self._spec = spec
-        self._bad = bad
+        self._files = files
         self.begin(0, [])
 
     def begin(self, epoch: int, batches: list[Indices]) -> None:
         self._epoch = epoch
         self.batches = batches
-        self.given = 0
-        """How many of these batches the pipeline has been given; it asks ahead."""
+        self.go_on_from(0)
 
-    def good(self, step: int) -> Indices:
-        return np.array([i for i in self.batches[step].tolist() if i not in self._bad], dtype=np.int64)
+    def go_on_from(self, step: int) -> None:
+        self.given = step
+        """How many of these batches the pipeline has been given; it asks ahead."""
+        self._asked: dict[int, list[Given | Future[Given]]] = {}
 
     def __call__(self) -> list[Any]:
-        while self.given < len(self.batches):
-            index = self.good(self.given)
-            self.given += 1
-            if index.size:
-                params = [tensor.numpy() for view in self.params(index) for tensor in view.values()]
-                return [_images(self._spec.samples, index), index, *params]
-        raise StopIteration  # DALI's end of an epoch
+        if self.given == len(self.batches):
+            raise StopIteration  # DALI's end of an epoch
+        step = self.given
+        self.given += 1
+        index = self.batches[step]
+        params = [tensor.numpy() for view in self.params(index) for tensor in view.values()]
+        return [*self._images(step), index, *params]
+
+    def _images(self, step: int) -> list[Any]:
+        """Returns the pixels of a step's images; of files paths or PPMs, and which of these they are."""
+        images = self._spec.samples.images
+        if isinstance(images, np.ndarray):
+            return [images[self.batches[step]]]
+        assert self._files is not None
+        for near in range(step, min(step + 2, len(self.batches))):  # the next step's are decoded meanwhile
+            if near not in self._asked:
+                self._asked[near] = self._files.ask(self.batches[near].tolist())
+        given = [it if isinstance(it, Given) else it.result() for it in self._asked.pop(step)]
+        return [[it.content for it in given], np.array([it.is_path for it in given])]
 
     def params(self, index: Indices) -> list[dict[str, Tensor]]:
         """Returns the inputs of each view's graph, by name."""
@@ -158,13 +175,16 @@ class _Source:
 def _views(source: _Source, spec: LoaderSpec) -> tuple[DataNode, ...]:
     """Defines the pipeline, which gives the indices, the shapes of the images, and their views."""
     names = [list(view) for view in source.params(np.zeros(1, np.int64))]
-    images, index, *params = fn.external_source(source, num_outputs=2 + sum(map(len, names)), batch=True)
+    in_files = not isinstance(spec.samples.images, np.ndarray)
+    count = 2 + in_files + sum(map(len, names))
+    images, *params = fn.external_source(source, num_outputs=count, batch=True)
     gpu = Pipeline.current().device_id is not None
-    if isinstance(spec.samples.images, np.ndarray):
+    if in_files:
+        images = _decoded(_content(images, is_path=params.pop(0)), gpu)
+    else:
         images = fn.reinterpret(images, layout="HWC")
         images = images.gpu() if gpu else images
-    else:
-        images = _decoded(images, gpu)
+    index = params.pop(0)
     views = []
     for view, kind in enumerate(spec.kinds):
         inputs = {name: params.pop(0) for name in names[view]}
@@ -176,13 +196,22 @@ def _views(source: _Source, spec: LoaderSpec) -> tuple[DataNode, ...]:
 
 @pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
 def _decoding(paths: Iterator[list[NDArray[np.uint8]]]) -> DataNode:
-    return _decoded(fn.external_source(paths, batch=True), Pipeline.current().device_id is not None)
+    return _decoded(fn.io.file.read(fn.external_source(paths, batch=True)), Pipeline.current().device_id is not None)
 
 
-def _decoded(paths: DataNode, gpu: bool) -> DataNode:
+def _content(given: DataNode, is_path: DataNode) -> DataNode:
+    """Reads the files whose paths are given."""
+    if is_path:  # noqa: SIM108  # DALI takes no conditional expression
+        content = fn.io.file.read(given)
+    else:
+        content = given
+    return content
+
+
+def _decoded(files: DataNode, gpu: bool) -> DataNode:
     """Decodes the files as Pillow does, which ignores EXIF's rotation."""
     return fn.decoders.image(
-        fn.io.file.read(paths),
+        files,
         device="mixed" if gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
@@ -190,56 +219,41 @@ def _decoded(paths: DataNode, gpu: bool) -> DataNode:
     )
 
 
-def _images(samples: Samples, index: Indices) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
-    """Returns the pixels of the images, or the bytes of their paths."""
-    images = samples.images
-    if isinstance(images, np.ndarray):
-        return images[index]
-    return [np.frombuffer(images[i].encode(), np.uint8) for i in index]
-
-
-def _bad_files(samples: Samples, indices: Indices, gpu: int | None) -> dict[int, BadImage]:
-    """Returns the errors of the files that DALI can't read, by index; Pillow's error where it can't read one either."""
-    bad: dict[int, BadImage] = {}
-    if isinstance(samples.images, np.ndarray):
-        return bad
-    while indices.size:
-        pipeline = _decoding(iter([_images(samples, indices[[i]]) for i in range(len(indices))]), device_id=gpu)
+def _failing(files: DaliFiles, met: list[int], gpu: int | None) -> list[int]:
+    """Returns those of the files that DALI was to decode by itself, and can't."""
+    left = files.dalis(met)
+    failing: list[int] = []
+    while left:
+        pipeline = _decoding(iter([[files.path(index)] for index in left]), device_id=gpu)
         try:
-            for index in indices.tolist():  # noqa: B007
+            for index in left:  # noqa: B007
                 pipeline.run()
         except RuntimeError:
-            bad[index] = _bad_file(samples, index)
-            indices = indices[indices.tolist().index(index) + 1 :]
+            failing.append(index)
+            left = left[left.index(index) + 1 :]
         else:
             break
-    return bad
-
-
-def _bad_file(samples: Samples, index: int) -> BadImage:
-    try:
-        open_image(samples, index)
-    except BadImage as error:
-        return error
-    return BadImage(f"cannot read {describe(samples, index)}: DALI does not decode it; --loader torchvision does")
+    return failing
 
 
 def _bad_sizes(spec: LoaderSpec, index: Tensor, shapes: Tensor) -> dict[int, BadImage]:
     """Returns the errors of the images that views can't be made of, by index, in the torchvision loader's words."""
     options = spec.options
     size, crops = options.image_size, {plan_view(kind, options).crop for kind in spec.kinds}
-    if "none" in crops or (not crops and options.evaluation == "as_is"):
-        wrong, transform = (shapes[:, :2] != size).any(1), RequireSize(size)
+    check: RequireSize | RequireCrop
+    if "none" in crops:
+        check, wrong = size_of_digits(options), shapes[:, :2] != size
     elif "padded" in crops:
-        padding = options.crop_padding
-        wrong, transform = (shapes[:, :2] + 2 * padding < size).any(1), RandomCrop(size, padding=padding)
+        check, wrong = RequireCrop(size, options.crop_padding), shapes[:, :2] + 2 * options.crop_padding < size
+    elif not crops and options.evaluation == "as_is":
+        check, wrong = size_as_is(options), shapes[:, :2] != size
     else:
         return {}
     bad = {}
-    for row in wrong.nonzero().flatten().tolist():
+    for row in wrong.any(1).nonzero().flatten().tolist():
         height, width, _ = shapes[row].tolist()
         try:
-            transform(Image.new("RGB", (width, height)))
+            check(Image.new("RGB", (width, height)))
         except ValueError as error:
             image = int(index[row])
             bad[image] = BadImage(f"cannot use {describe(spec.samples, image)}: {error}")

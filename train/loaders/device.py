@@ -14,7 +14,7 @@ from rcl_fast.train.loaders.base import Batch, LoaderSpec, fingerprint
 from rcl_fast.train.options import ViewKind, ViewOptions
 from rcl_fast.train.views.augment import augment, normalized, resize_center_crop
 from rcl_fast.train.views.params import ViewParams, plan_view, sample_params
-from rcl_fast.train.views.transforms import RequireSize
+from rcl_fast.train.views.transforms import size_as_is, size_of_digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +123,10 @@ def _check(kinds: tuple[ViewKind, ...], options: ViewOptions, images: np.ndarray
     """Raises ValueError where the images have a size that a view can't be made of."""
     height, width = images.shape[1:3]
     plans = [plan_view(kind, options) for kind in kinds]
-    as_they_are = any(planned.crop == "none" for planned in plans)
-    if len(images) and (as_they_are or (not kinds and options.evaluation == "as_is")):
-        RequireSize(options.image_size)(Image.fromarray(images[0]))
+    if len(images) and any(planned.crop == "none" for planned in plans):
+        size_of_digits(options)(Image.fromarray(images[0]))
+    if len(images) and not kinds and options.evaluation == "as_is":
+        size_as_is(options)(Image.fromarray(images[0]))
     for planned in plans:
         if planned.crop == "padded" and min(height, width) + 2 * planned.padding < options.image_size:
             raise ValueError(

@@ -6,6 +6,7 @@ import atexit
 import multiprocessing
 import random
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -26,13 +27,15 @@ class TorchvisionLoader:
     """A Loader of float32 views; each is sampled with the seed (seed, epoch, index, view), in whichever worker."""
 
     def __init__(self, spec: LoaderSpec, *, workers: int, pin_memory: bool = False) -> None:
+        transforms = [view(kind, spec.options) for kind in spec.kinds] or [evaluation_view(spec.options)]
         self._batches, self._on_bad = spec.batches, spec.on_bad
         self.steps_per_epoch = len(spec.batches(0))
         self.fingerprint = fingerprint(spec, "torchvision")
+        self._empty = _empty(len(transforms), spec.options.image_size)
         self._keys: list[list[tuple[int, int]]] = []
         if workers > 0:
             atexit.register(_kill_workers)
-        transforms = [view(kind, spec.options) for kind in spec.kinds] or [evaluation_view(spec.options)]
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # build.py says it, and once
         self._torch = DataLoader(
             _Views(spec.samples, transforms, spec.seed),
             batch_sampler=self._keys,
@@ -50,8 +53,7 @@ class TorchvisionLoader:
         for batch, bad in self._torch:
             for error in bad:
                 self._on_bad(error)
-            if batch is not None:
-                yield Batch(*batch)
+            yield self._empty if batch is None else Batch(*batch)
 
 
 class _Item(NamedTuple):
@@ -98,6 +100,12 @@ def _collate(items: list[_Item | BadImage]) -> tuple[_Collated | None, list[BadI
         return None, bad
     views = tuple(default_collate(list(of_one)) for of_one in zip(*(item.views for item in good), strict=True))
     return (views, *(default_collate([getattr(item, name) for item in good]) for name in ("label", "position"))), bad
+
+
+def _empty(views: int, side: int) -> Batch:
+    """Returns a batch of no images."""
+    view, numbers = torch.empty(0, 3, side, side), torch.empty(0, dtype=torch.int64)
+    return Batch((view,) * views, numbers, numbers)
 
 
 @contextmanager

@@ -101,9 +101,20 @@ def evaluation_view(images: Node, options: ViewOptions) -> Node:
 
 
 def normalized(images: Node, options: ViewOptions) -> Node:
-    """Normalises to float32 [S, S, 3], which is then permuted into channels_last."""
+    """Normalises to float32 [S, S, 3], which is then permuted into channels_last.
+
+    A view that doesn't crop has another size where its image has: it is cut or padded here, and left out afterwards.
+    """
     mean, std = [255 * value for value in options.mean], [255 * value for value in options.std]
-    return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="HWC", mean=mean, std=std)
+    return fn.crop_mirror_normalize(
+        images,
+        dtype=types.FLOAT,
+        output_layout="HWC",
+        crop=(options.image_size, options.image_size),
+        out_of_bounds_policy="pad",
+        mean=mean,
+        std=std,
+    )
 
 
 def resized_crop(images: Node, planned: Plan, size: int, inputs: dict[str, Node]) -> Node:

@@ -35,20 +35,55 @@ class Cutout(nn.Module):
 
 
 class RequireSize(nn.Module):
-    """A check that passes an image of the given side through, and raises ValueError for any other."""
+    """A check that passes an image of the given side through, and raises ValueError for any other.
 
-    def __init__(self, side: int) -> None:
+    Args:
+        what: what can't do with another size.
+        instead: what can.
+    """
+
+    def __init__(self, side: int, what: str, instead: str) -> None:
         super().__init__()
         self.side = side
+        self.what = what
+        self.instead = instead
 
     def forward(self, image: Image.Image) -> Image.Image:
         if image.size != (self.side, self.side):
             width, height = image.size
             raise ValueError(
-                f"it has {width}x{height} pixels, and --evaluation as_is expects {self.side}x{self.side}: "
-                "set --image-size to that, or --evaluation to resize_center_crop"
+                f"it has {width}x{height} pixels, and {self.what} expects {self.side}x{self.side}: "
+                f"set --image-size to that, or take {self.instead}"
             )
         return image
+
+
+class RequireCrop(nn.Module):
+    """A check that passes an image through whose border leaves room for the crop, and raises ValueError for others."""
+
+    def __init__(self, side: int, padding: int) -> None:
+        super().__init__()
+        self.side = side
+        self.padding = padding
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        if min(image.size) + 2 * self.padding < self.side:
+            width, height = image.size
+            raise ValueError(
+                f"it has {width}x{height} pixels, too few to crop {self.side}x{self.side} with a border of "
+                f"{self.padding}: set a smaller --image-size, or a larger --crop-padding"
+            )
+        return image
+
+
+def size_as_is(options: ViewOptions) -> RequireSize:
+    """Returns the check of images for `--evaluation as_is`."""
+    return RequireSize(options.image_size, "--evaluation as_is", "--evaluation resize_center_crop")
+
+
+def size_of_digits(options: ViewOptions) -> RequireSize:
+    """Returns the check of images for the view `digits`, which doesn't crop."""
+    return RequireSize(options.image_size, "the view digits", "the view digits_sim")
 
 
 def view(kind: ViewKind, options: ViewOptions) -> View:
@@ -70,7 +105,7 @@ def view(kind: ViewKind, options: ViewOptions) -> View:
     if kind == "sim_randaugment":
         return _to_tensor([*_sim(options), _rand_augment(options)], options)
     if kind == "digits":
-        return _to_tensor([_small_affine()], options)
+        return _to_tensor([size_of_digits(options), _small_affine()], options)
     if kind == "digits_sim":
         crop = v2.RandomResizedCrop(options.image_size, scale=(0.5, 1.0), ratio=(0.9, 1.1), antialias=True)
         return _to_tensor([crop, _small_affine()], options)
@@ -81,7 +116,7 @@ def evaluation_view(options: ViewOptions) -> View:
     """Returns the view for evaluation, which has nothing random: RGB image -> float32 [3, S, S], normalised."""
     size = options.image_size
     if options.evaluation == "as_is":
-        return _to_tensor([RequireSize(size)], options)
+        return _to_tensor([size_as_is(options)], options)
     return _to_tensor([v2.Resize(options.resize, antialias=True), v2.CenterCrop(size)], options)
 
 
@@ -92,7 +127,8 @@ def _to_tensor(on_image: list, options: ViewOptions, on_pixels: list | None = No
 
 
 def _padded_crop_flip(options: ViewOptions) -> list:
-    return [v2.RandomCrop(options.image_size, padding=options.crop_padding), v2.RandomHorizontalFlip()]
+    size, padding = options.image_size, options.crop_padding
+    return [RequireCrop(size, padding), v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]
 
 
 def _resized_crop_flip(options: ViewOptions) -> list:

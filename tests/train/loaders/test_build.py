@@ -1,15 +1,18 @@
 import dataclasses
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from rcl_fast.train.config import parse
 from rcl_fast.train.data.samples import Samples
 from rcl_fast.train.loaders import build
 from rcl_fast.train.loaders.base import LoaderSpec, training_spec
 from rcl_fast.train.loaders.build import choose, make_loader
 from rcl_fast.train.options import LoaderName, ViewOptions
+from rcl_fast.train.runtime.hardware import choose_runtime
 
 OPTIONS = ViewOptions(16, (0, 0, 0), (1, 1, 1), x1="randaugment", x2="sim", x3="sim", evaluation="as_is")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -79,3 +82,21 @@ def test_each_is_built_by_name(name: LoaderName) -> None:
 def test_another_name_is_refused() -> None:
     with pytest.raises(ValueError, match="no loader 'auto'"):
         make_loader("auto", spec(PIXELS), device=CPU, workers=0)
+
+
+def test_more_workers_than_cpus_are_noted_once_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(build._logger, "info", said.append)
+    monkeypatch.setattr(build, "usable_cpus", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = parse(["--dataset", "digits_lt", "--loader", "torchvision", "--workers", "3"])
+    splits, runtime = build.load(config), choose_runtime(config.run)
+    build.training_loader(config, splits, runtime)
+    build.evaluation_loader(config, splits.test, runtime)
+    assert said == ["note: 6 workers load images on 2 CPUs: --workers 1 may be as fast"]
+
+
+def test_pytorch_does_not_warn_of_workers() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_loader("torchvision", spec(PIXELS), device=CPU, workers=1000)

@@ -1,4 +1,6 @@
 import dataclasses
+import os
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -29,7 +31,9 @@ class Loader:
         yield from ()
 
 
-def spec(folder: str = "/data", names: str = "abcd", labels: tuple[int, ...] = (0, 0, 1, 1), **changes) -> LoaderSpec:
+def spec(
+    folder: str = "/data", names: Sequence[str] = "abcd", labels: tuple[int, ...] = (0, 0, 1, 1), **changes
+) -> LoaderSpec:
     samples = Samples([f"{folder}/{name}.png" for name in names], np.array(labels))
     return training_spec(samples, ("crop_flip", "sim"), OPTIONS, **{"seed": 0, "batch_size": 2, **changes})
 
@@ -61,6 +65,13 @@ def test_the_images_may_move_to_another_folder() -> None:
 def test_a_position_in_other_batches_is_refused(other: Loader, message: str) -> None:
     with pytest.raises(StateMismatch, match=message):
         read_loader_state(other, loader_state(Loader(spec()), 0, 1))
+
+
+def test_names_that_are_no_utf_8_have_a_hash_too() -> None:
+    one, other = (spec(names=[os.fsdecode(name), "b", "c", "d"]) for name in (b"\xff", b"\xfe"))
+    assert read_loader_state(Loader(one), loader_state(Loader(one), 0, 0)) == (0, 0)
+    with pytest.raises(StateMismatch, match="images and labels"):
+        read_loader_state(Loader(other), loader_state(Loader(one), 0, 0))
 
 
 def test_pixels_in_memory_count_too() -> None:

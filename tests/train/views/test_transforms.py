@@ -82,7 +82,7 @@ def test_the_recipes_order() -> None:
     crop_flip = ["RandomResizedCrop", "RandomHorizontalFlip"]
     sim = [*crop_flip, "RandomApply", "RandomGrayscale"]
     assert steps("autoaugment") == [
-        *("RandomCrop", "RandomHorizontalFlip", "AutoAugment", "PILToTensor", "Cutout"),
+        *("RequireCrop", "RandomCrop", "RandomHorizontalFlip", "AutoAugment", "PILToTensor", "Cutout"),
         *end,
     ]
     assert steps("randaugment") == [*crop_flip, "ColorJitter", "RandAugment", "PILToTensor", *end]
