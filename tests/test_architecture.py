@@ -18,16 +18,16 @@ PACKAGES = ("kernels", "rcl_fast", "train")
 
 # A room imports those before it in this list. "commands" are the files that people start.
 ROOMS = (
-    *("errors", "options", "config", "runtime", "data", "views", "network", "rundir", "loaders", "loop", "report"),
-    *("inference", "jobs", "experiments", "command_line", "commands"),
+    *("errors", "options", "arguments", "checks", "config", "runtime", "data", "views", "network", "rundir"),
+    *("loaders", "loop", "report", "inference", "jobs", "experiments", "command_line", "commands"),
 )
 COMMANDS = ("run", "verify", "second_stage", "sweep", "reproduce")
 EARLIER_NAMES = ("trained",)  # of modules that have moved; nothing imports them
 BY_ONE_NAME = "__main__"  # `python -m rcl_fast.train COMMAND`, which alone imports all commands
 
 # How often a module outside the commands, which alone are to end the program, names a way to end it. Two may: what all
-# commands share, and the parser of train/run.py's options, which prints its help and what it does not understand.
-EXITS = {"train/command_line.py": 2, "train/config.py": 2}
+# commands share, and the parser of their options, which prints a command's help.
+EXITS = {"train/command_line.py": 2, "train/arguments/parsing.py": 1}
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS, LONGEST_README = 400, 60, 8, 150
 LONG_FUNCTIONS = {"rcl_fast/functional.py contrastive_loss": 76}  # most of it the docstring
 MANY_PARAMETERS = {

@@ -15,7 +15,7 @@ def command() -> Iterator[None]:
     """Prints the log of what runs inside; an error for people there ends the program with its message alone.
 
     Raises:
-        SystemExit: the message of a UserError, or Preempted's exit status.
+        SystemExit: as `exit_with_message`.
     """
     # OpenMP reads it when PyTorch loads: threads that wait for work then let other processes run.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,13 +26,26 @@ def command() -> Iterator[None]:
 
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turns a UserError into an exit with its message, and Preempted into one with its exit status."""
+    """Turns errors for people into an exit with their message, Preempted into one with its status, Ctrl-C into 130."""
     try:
         yield
-    except UserError as error:
-        raise SystemExit(str(error) or 1) from error
-    except Preempted as stop:
-        raise SystemExit(stop.exit_status) from None
+    except (UserError, OSError) as error:
+        message = _for_people(error)
+        if message is None:
+            raise
+        raise SystemExit(message or 1) from error
+    except (Preempted, KeyboardInterrupt) as stop:
+        raise SystemExit(getattr(stop, "exit_status", 130)) from None  # as shells have it for Ctrl-C
+
+
+def _for_people(error: UserError | OSError) -> str | None:
+    """Returns what a command says of an error; None for one that is a defect.
+
+    Only its first line is not indented: the last such line of a log says what was wrong.
+    """
+    if isinstance(error, UserError):
+        return str(error).replace("\n", "\n  ")
+    return None if error.filename is None else f"{error.filename} can't be used: {error.strerror}"
 
 
 def log_to_console() -> None:

@@ -2,65 +2,83 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import io
 import json
+import logging
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
-
-import tyro
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+from rcl_fast.train.arguments import parsing, ranges
+from rcl_fast.train.checks import arch_mistakes, check, without_effect
 from rcl_fast.train.errors import NotFound, UserError, refuse
-from rcl_fast.train.options import Config, Dataset, Loss
+from rcl_fast.train.options import Config, Dataset
+
+_logger = logging.getLogger(__name__)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Returns a command line's configuration: the recipe of --dataset (or the run of --resume), with its overrides.
 
+    --data without --dataset is of the data set "folder". Given options without effect are named in the log.
+
     Raises:
-        UserError: values that are not allowed.
-        SystemExit: --help was asked for, or an option is not known; tyro has printed the text.
+        UserError: a line for each mistake.
+        SystemExit: --help was asked for, and is printed.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", choices=get_args(Dataset), default="digits_lt")
-    first.add_argument("--loss", choices=get_args(Loss), default="bcl_rcl")
-    first.add_argument("--resume", type=Path)
-    chosen, _ = first.parse_known_args(arguments)
-    defaults = saved_config(chosen.resume) if chosen.resume else recipe(chosen.dataset, chosen.loss)
-    config = tyro.cli(
-        Config,
-        args=arguments,
-        default=defaults,
-        prog="train/run.py",
-        description=_DESCRIPTION,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    check(config)
-    if chosen.resume:
-        check_resumable(defaults, config)
+    if parsing.asks_for_help(arguments):
+        defaults = _saved(arguments) or _recipe_of(arguments)
+        parsing.show_help(Config, prog=_PROG, description=_DESCRIPTION, default=defaults)
+    config = config_of(arguments)
+    if config.run.resume is None and os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one says it
+        _log_notes(config, set(parsing.names(Config, arguments)))
     return config
 
 
+def _log_notes(config: Config, given: set[str]) -> None:
+    if "dataset" not in given and config.data.dataset == "folder":
+        _logger.info(f"--data without --dataset: {config.data.data} is read as --dataset folder, your own images")
+    for sentence in without_effect(config, given):
+        _logger.warning(f"note: {sentence}")
+
+
 def config_of(arguments: Sequence[str]) -> Config:
-    """Returns the configuration of train/run.py's arguments, for code that must not exit. Raises UserError."""
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            return parse(arguments)
-    except SystemExit as error:
-        raise UserError(said.getvalue().strip()) from error
+    """Returns the configuration of train/run.py's arguments. Raises UserError with a line for each mistake."""
+    values, wrong = parsing.read(Config, arguments, _PROG)
+    wrong += arch_mistakes(values.get("arch"))
+    refuse(dict.fromkeys(wrong, True))
+    saved = _saved(arguments)
+    config = parsing.made(Config, values, saved or _recipe_of(arguments))
+    if saved is not None:
+        check_resumable(saved, config)  # what goes together was checked when it began
+    else:
+        check(config, values)
+    return config
 
 
+def _saved(arguments: Sequence[str]) -> Config | None:
+    """Returns the configuration of --resume's run; None without it. Raises as `saved_config`."""
+    run = parsing.value_of("resume", arguments)
+    return saved_config(Path(run)) if run else None
+
+
+def _recipe_of(arguments: Sequence[str]) -> Config:
+    """Returns the recipe of a command line's --dataset and --loss; of another one where these are misspelt."""
+    alone = "folder" if parsing.value_of("data", arguments) is not None else "digits_lt"
+    dataset = parsing.value_of("dataset", arguments) or alone
+    loss = parsing.value_of("loss", arguments) or "bcl_rcl"
+    return recipe(dataset if dataset in get_args(Dataset) else "digits_lt", loss)
+
+
+_PROG = "train/run.py"
 _DESCRIPTION = """Train a long-tailed classifier with supervised contrastive losses.
 
 Examples:
@@ -89,13 +107,19 @@ def recipe(dataset: str, loss: str) -> Config:
 
 
 def saved_config(run: Path) -> Config:
-    """Returns an earlier run's configuration, with `resume` and `output` set to its folder. Raises NotFound."""
+    """Returns an earlier run's configuration, with `resume` and `output` set to its folder.
+
+    Raises:
+        NotFound: the folder holds no run.
+        UserError: config.json is damaged, or has values that an option can't have; each is named.
+    """
     path = run / "config.json"
     if not path.is_file():
         raise NotFound(f"{run}: no config.json there; give the folder of an earlier run, like runs/NAME")
     try:
         config = from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+        ranges.check(config)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} can't be read as a run's configuration ({error}): it is damaged, or of another version"
         ) from error
@@ -123,11 +147,12 @@ def check_resumable(saved: Config, config: Config) -> None:
 
 
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
-    """Returns the configuration from plain values by section. Raises ValueError for an unknown name."""
+    """Returns the configuration from plain values by section.
+
+    Raises ValueError for a name that is unknown or missing; values are as they were.
+    """
     sections = get_type_hints(Config)
-    unknown = values.keys() - sections.keys()
-    if unknown:
-        raise ValueError(f"unknown section {sorted(unknown)[0]!r}; the sections are {', '.join(sections)}")
+    _check_names("the configuration", "section", values, sections)
     return Config(**{name: _section(kind, values.get(name, {})) for name, kind in sections.items()})
 
 
@@ -136,10 +161,19 @@ Section = TypeVar("Section")
 
 def _section(kind: type[Section], values: dict[str, Any]) -> Section:
     hints = get_type_hints(kind)
-    unknown = values.keys() - hints.keys()
-    if unknown:
-        raise ValueError(f"{kind.__name__} has no option {sorted(unknown)[0]!r}; it has {', '.join(hints)}")
+    _check_names(kind.__name__, "option", values, hints)
+    missing = [name for name in hints if name not in values and not hasattr(kind, name)]  # defaults are attributes
+    if missing:
+        raise ValueError(f"{kind.__name__} needs {missing[0]!r}")
     return kind(**{name: _plain(hints[name], value) for name, value in values.items()})
+
+
+def _check_names(where: str, what: str, values: Any, known: Collection[str]) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} has its {what}s by name, not {ranges.shown(values)}")
+    unknown = values.keys() - {*known}
+    if unknown:
+        raise ValueError(f"{where} has no {what} {min(unknown)!r}; it has {', '.join(known)}")
 
 
 def _plain(hint: Any, value: Any) -> Any:
@@ -166,30 +200,3 @@ def check_shared(config: Config, processes: int) -> None:
             f"--batch-size {batch} leaves each part less than 2 images, with {processes} processes and --accumulate "
             f"{parts}: take at least {2 * parts * processes}, or fewer of these"
         )
-
-
-def check(config: Config) -> None:
-    """Raises UserError, with what to change, for values that no type can rule out."""
-    optimization, loss, data, run = config.optimization, config.loss, config.data, config.run
-    half = optimization.batch_size // 2
-    refuse(
-        {
-            f"--epochs must be at least 1, got {optimization.epochs}": optimization.epochs < 1,
-            f"--batch-size must be at least 2, got {optimization.batch_size}": optimization.batch_size < 2,
-            f"--accumulate must lie between 1 and half the batch size, got {optimization.accumulate}": (
-                not 1 <= optimization.accumulate <= half
-            ),
-            f"--checkpoint-minutes must be 0 or more, got {run.checkpoint_minutes}": run.checkpoint_minutes < 0,
-            f"--timeout-minutes must be above 0, got {run.timeout_minutes}": run.timeout_minutes <= 0,
-            f"--lr must be above 0, got {optimization.lr}": optimization.lr <= 0,
-            f"--temperature must be above 0, got {loss.temperature}": loss.temperature <= 0,
-            f"--imbalance must be at least 1, got {data.imbalance}": data.imbalance < 1,
-            f"--validation-fraction must lie between 0 and 1, got {data.validation_fraction}": (
-                not 0 < data.validation_fraction < 1
-            ),
-            f"--workers must be 0 or more, got {data.workers}": data.workers < 0,
-            "--loss ldam_drw sets margins between angles: add --classifier cosine": (
-                loss.loss == "ldam_drw" and config.model.classifier != "cosine"
-            ),
-        }
-    )

@@ -9,8 +9,10 @@ from typing import Literal
 
 import tyro
 
+from rcl_fast.train.arguments import parsing
+from rcl_fast.train.arguments.ranges import flag, hints
 from rcl_fast.train.command_line import command
-from rcl_fast.train.options import ReproduceOptions
+from rcl_fast.train.options import Config, ReproduceOptions
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> Command:
     """Returns the parsed command line."""
-    return tyro.cli(
+    return parsing.parse(
         Command,
-        args=arguments,
+        sys.argv[1:] if arguments is None else arguments,
         prog="train/reproduce.py",
         description=_DESCRIPTION,
-        config=(tyro.conf.OmitArgPrefixes,),
+        elsewhere={
+            **{name: f'--more="{flag(name)} ..." has it, for all runs' for name in hints(Config)},
+            "seed": "--seeds N runs the seeds 0 to N - 1 of each row",
+        },
     )
 
 

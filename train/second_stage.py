@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
-
+from rcl_fast.train.arguments.parsing import parse
+from rcl_fast.train.arguments.ranges import hints
 from rcl_fast.train.command_line import command
-from rcl_fast.train.options import SecondStageOptions
+from rcl_fast.train.options import Config, SecondStageOptions
 
 _DESCRIPTION = """Decoupled training: keep a finished run's backbone as it is, and balance its classifier.
 
@@ -35,7 +35,11 @@ holds the whole network. crt and lws select their epoch as the run did, on its v
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and makes the second stage."""
     with command():
-        options = tyro.cli(SecondStageOptions, args=arguments, prog="train/second_stage.py", description=_DESCRIPTION)
+        given = sys.argv[1:] if arguments is None else arguments
+        elsewhere = dict.fromkeys(hints(Config), "it is one of train/run.py, and the run's stays as it was")
+        options = parse(
+            SecondStageOptions, given, prog="train/second_stage.py", description=_DESCRIPTION, elsewhere=elsewhere
+        )
         from rcl_fast.train.jobs.second_stage import second_stage  # loads PyTorch, which --help need not wait for
 
         second_stage(options)

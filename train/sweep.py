@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
-
+from rcl_fast.train.arguments.parsing import check, parse
+from rcl_fast.train.arguments.ranges import hints
 from rcl_fast.train.command_line import command
-from rcl_fast.train.options import SweepOptions
+from rcl_fast.train.options import Config, SweepOptions
 
 _DESCRIPTION = """Search over options of train/run.py; each trial is a run.
 
@@ -34,7 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     end = given.index("--") if "--" in given else len(given)
     with command():
-        options = tyro.cli(SweepOptions, args=given[:end], prog="train/sweep.py", description=_DESCRIPTION)
+        options = parse(
+            SweepOptions,
+            given[:end],
+            prog="train/sweep.py",
+            description=_DESCRIPTION,
+            elsewhere={
+                name: f"for all trials it stands after --, and to search it, --grid has {name}=VALUES"
+                for name in hints(Config)
+            },
+        )
+        check(Config, given[end + 1 :], prog="train/run.py")
         from rcl_fast.train.experiments.job_queue import log_failures
         from rcl_fast.train.experiments.sweep import sweep  # loads PyTorch, which --help need not wait for
 

@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 
 from rcl_fast.train import config
+from rcl_fast.train.arguments import ranges
 from rcl_fast.train.config import parse, recipe
 from rcl_fast.train.errors import UserError
 from rcl_fast.train.options import Config, Dataset, Loss
@@ -18,6 +19,7 @@ from rcl_fast.train.options import Config, Dataset, Loss
 @pytest.mark.parametrize("loss", get_args(Loss))
 def test_every_recipe_is_complete_for_every_loss(dataset: str, loss: str) -> None:
     found = recipe(dataset, loss)
+    ranges.check(found)
     config.check(found)
     assert (found.data.dataset, found.loss.loss) == (dataset, loss)
     assert config.from_dict(json.loads(json.dumps(found.to_dict()))) == found
@@ -70,11 +72,11 @@ def test_the_loss_chooses_its_own_defaults_and_an_override_still_wins() -> None:
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--batch-size", "1"], "--batch-size must be at least 2"),
         (["--accumulate", "40"], "--accumulate must lie between 1 and half the batch size"),
-        (["--temperature", "0"], "--temperature must be above 0"),
+        (["--temperature", "0"], "--temperature must be at least 1e-30, got 0"),
         (["--imbalance", "0.5"], "--imbalance must be at least 1"),
         (["--validation-fraction", "1"], "--validation-fraction"),
-        (["--checkpoint-minutes", "-1"], "--checkpoint-minutes must be 0 or more"),
-        (["--timeout-minutes", "0"], "--timeout-minutes must be above 0"),
+        (["--checkpoint-minutes", "-1"], "--checkpoint-minutes must be at least 0"),
+        (["--timeout-minutes", "0"], "--timeout-minutes must be at least 0.01"),
         (["--loss", "ldam_drw", "--classifier", "linear"], "--classifier cosine"),
         (["--resume", "nowhere"], "no config.json there"),
     ],
@@ -82,14 +84,6 @@ def test_the_loss_chooses_its_own_defaults_and_an_override_still_wins() -> None:
 def test_mistakes_are_explained(arguments: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         parse(arguments)
-
-
-def test_an_unknown_option_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--learning-rate", "0.1"])
-    with pytest.raises(SystemExit):
-        parse(["--temprature", "0.1"])
-    assert "--temperature" in capsys.readouterr().err
 
 
 def test_help_shows_the_recipe_of_the_data_set(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +104,7 @@ def test_help_shows_the_recipe_of_the_data_set(capsys: pytest.CaptureFixture[str
 def test_an_unknown_name_in_a_recipe_is_an_error() -> None:
     with pytest.raises(ValueError, match="no option 'learning_rate'"):
         config.from_dict({"optimization": {"learning_rate": 0.1}})
-    with pytest.raises(ValueError, match="unknown section 'optimizer'"):
+    with pytest.raises(ValueError, match="no section 'optimizer'"):
         config.from_dict({"optimizer": {}})
 
 
@@ -163,7 +157,7 @@ def test_a_resumed_run_stays_the_run_it_was(earlier: tuple[Path, Config], change
 
 def test_code_that_parses_arguments_gets_an_error_and_no_exit() -> None:
     assert config.config_of(["--loss", "ce"]) == parse(["--loss", "ce"])
-    with pytest.raises(UserError, match="Unrecognized options: --los"):
+    with pytest.raises(UserError, match=r"--los is no option of train/run\.py: did you mean --loss\?"):
         config.config_of(["--los", "ce"])
 
 
