@@ -38,7 +38,9 @@ def append(file: Path | None, rows: Iterable[Mapping[str, Any]], dry_run: bool =
     if file is None:
         return
     about = {**describe(), **({"dry_run": True} if dry_run else {})}
+    torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")  # a kill left the last line open
     with file.open("a", encoding="utf-8") as lines:
+        lines.write("\n" * torn)
         lines.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
 
 

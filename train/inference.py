@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from rcl_fast.train.config import saved_config
 from rcl_fast.train.errors import NotFound, UserError
-from rcl_fast.train.loop.training import check_origin, check_shapes
+from rcl_fast.train.loop.resuming import check_origin, check_weights
 from rcl_fast.train.network.models import LongTailedClassifier, build_network
 from rcl_fast.train.options import Config
 from rcl_fast.train.report.results import PER_CLASS
 from rcl_fast.train.rundir import checkpoints
 from rcl_fast.train.views.transforms import View, evaluation_view
+
+_logger = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
@@ -53,18 +56,40 @@ class Loaded(NamedTuple):
 def load_network(run: Path, checkpoint: str) -> Loaded:
     """Loads the network of one of a run's checkpoints, to go on from it. Raises as `load_run`."""
     config = saved_config(run.parent.parent if run.parent.name == "second_stage" else run)
-    last = checkpoint == checkpoints.LAST  # where it is damaged, PREVIOUS stands in for it
-    state = checkpoints.last_epoch(run).state if last else checkpoints.load(run / checkpoint)
-    weights = state.get("model") if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or "classifier.weight" not in weights:
+    state = _last_epoch(run) if checkpoint == checkpoints.LAST else checkpoints.load(run / checkpoint)
+    weights: dict[str, Any] = state["model"]
+    last = weights.get("classifier.weight")
+    if not isinstance(last, Tensor) or last.dim() != 2:
         raise UserError(f"{run / checkpoint} is no checkpoint of a run")
-    num_classes = len(weights["classifier.weight"])
-    model = build_network(config, num_classes)
-    if "of" in state:  # a second stage's checkpoint does not say
-        check_origin(state["of"], config, num_classes)
-    check_shapes(weights, model)
+    model = build_network(config, len(last))
+    try:
+        if "of" in state:  # a second stage's checkpoint does not say
+            check_origin(state["of"], config, len(last))
+        check_weights(weights, model)
+    except UserError as error:
+        raise UserError(f"{run / checkpoint}: {error}") from error
     model.load_state_dict(weights)
     return Loaded(model.eval(), config, state.get("class_counts"), state.get("epoch"))
+
+
+def best_checkpoint(run: Path) -> str:
+    """Returns the file of a run's best epoch: where that is the last one too, a stop may have left only that one's.
+
+    Raises UserError where the best epoch's weights are not there.
+    """
+    if (run / checkpoints.BEST).is_file():
+        return checkpoints.BEST
+    state = _last_epoch(run)
+    if state.get("best_epoch") != state.get("epoch"):
+        raise UserError(f"{run / checkpoints.BEST}, of the best epoch, {state.get('best_epoch')}, is not there")
+    return checkpoints.LAST
+
+
+def _last_epoch(run: Path) -> dict[str, Any]:
+    found = checkpoints.last_epoch(run)
+    for path, what in found.damaged.items():
+        _logger.warning(f"{path} is damaged ({what}): {found.path.name}, of the epoch before, is taken")
+    return found.state
 
 
 def _class_names(file: Path) -> list[str]:

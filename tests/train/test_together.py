@@ -72,3 +72,9 @@ def test_every_image_is_evaluated_once(found: Found, samples: str) -> None:
 def test_a_new_start_changes_no_bit(found: Found) -> None:
     """Of three processes, too, where the order of a sum matters."""
     assert all(place["resumed"]["same"] for place in found.values())
+
+
+def test_a_step_that_one_process_can_not_make_is_made_by_none(found: Found) -> None:
+    for (world_size, _), place in found.items():
+        assert (place["left out"]["steps"], place["left out"]["skipped"]) == (3, 1)
+        assert torch.equal(place["left out"]["weights"], found[world_size, 0]["left out"]["weights"])

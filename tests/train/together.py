@@ -7,9 +7,9 @@ import dataclasses
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.loaders import build
 from rcl_fast.train.loaders.base import Batch, evaluation_spec, training_spec
 from rcl_fast.train.loaders.torchvision import TorchvisionLoader
+from rcl_fast.train.loop import engine
 from rcl_fast.train.loop.evaluation import evaluate, random_mask
 from rcl_fast.train.loop.step import train_step
 from rcl_fast.train.loop.training import Training, start_training
 from rcl_fast.train.options import Config, training_kinds
+from rcl_fast.train.rundir.logs import SilentLog
 from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.hardware import choose_runtime
 
@@ -108,6 +110,30 @@ def resumed() -> dict[str, Any]:
     return {"same": all(torch.equal(one[name], other[name]) for name in one)}
 
 
+class Given(NamedTuple):
+    """A loader of one epoch."""
+
+    batches: list[Batch]
+    steps_per_epoch: int
+    fingerprint: dict[str, str]
+
+    def epoch(self, _: int, start: int = 0) -> Iterator[Batch]:
+        return iter(self.batches[start:])
+
+
+def left_out() -> dict[str, Any]:
+    """An epoch of three steps, in the second of which all images of the last process are bad."""
+    config = configure("--loss", "ce")
+    training, splits = started(config)
+    steps = batches(config, splits)
+    if distributed.rank() == distributed.world_size() - 1:
+        steps[1] = Batch((steps[1].views[0][:0],), steps[1].labels[:0], steps[1].indices[:0])
+    engine.train_epoch(training, Given(steps, len(steps), {}), SilentLog())
+    assert training.progress is not None
+    weights = training.model.classifier.weight.detach().clone()
+    return {"steps": training.progress.steps, "skipped": training.progress.skipped, "weights": weights}
+
+
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     **{loss: lambda loss=loss: trained("--loss", loss) for loss in LOSSES},  # type: ignore[misc]
     "ce in parts": lambda: trained("--loss", "ce", "--accumulate", "3"),
@@ -116,6 +142,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "ce in bf16": lambda: trained("--loss", "ce", "--gradient-compression", "bf16"),
     "evaluated": evaluated,
     "resumed": resumed,
+    "left out": left_out,
 }
 
 

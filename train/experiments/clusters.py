@@ -11,6 +11,7 @@ from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
 from rcl_fast.train.experiments.features import Features, features_of_test_images
 from rcl_fast.train.experiments.rows import CLUSTERS
+from rcl_fast.train.inference import best_checkpoint
 from rcl_fast.train.rundir import checkpoints
 from rcl_fast.train.runtime.files import write_text
 
@@ -22,11 +23,6 @@ def measure(run: Path, data: Path | None) -> None:
         features = features_of_test_images(run, checkpoint, data)
         values.update({prefix + name: value for name, value in of_features(features).items()})
     write_text(run / CLUSTERS, json.dumps(values, indent=2) + "\n")
-
-
-def best_checkpoint(run: Path) -> str:
-    """Returns the file of the best epoch; where that is also the last epoch, it may only have the last one's file."""
-    return checkpoints.BEST if (run / checkpoints.BEST).is_file() else checkpoints.LAST
 
 
 def of_features(features: Features) -> dict[str, float]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import rich
 import torch
@@ -22,9 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rcl_fast.provenance import describe
 from rcl_fast.train.errors import Preempted, UserError
 from rcl_fast.train.rundir import status
+from rcl_fast.train.rundir.result_files import HISTORY, read_json
 from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.files import write_text
 from rcl_fast.train.runtime.threads import usable_cpus
+from rcl_fast.train.runtime.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -73,13 +75,14 @@ def find_slots(devices: Sequence[str] | None, jobs_per_device: int, devices_per_
     if distributed.processes_started() > 1:
         raise UserError("it starts the processes of its runs itself: start it once, without torchrun")
     names = _devices() if devices is None else list(devices)
-    if not names:
+    if not names and devices_per_job == 1:
         threads = max(1, usable_cpus() // jobs_per_device)
         return [{"OMP_NUM_THREADS": str(threads)} if jobs_per_device > 1 else {}] * jobs_per_device
     groups = [names[start : start + devices_per_job] for start in range(0, len(names), devices_per_job)]
     whole = [",".join(group) for group in groups if len(group) == devices_per_job]
     if not whole:
-        raise UserError(f"--gpus-per-run {devices_per_job}: this machine shows {len(names)} GPUs")
+        there = counted(names, "GPU") if names else "no GPUs"
+        raise UserError(f"--gpus-per-run {devices_per_job}: there {'is' if len(names) == 1 else 'are'} {there} here")
     return [{"CUDA_VISIBLE_DEVICES": group} for _ in range(jobs_per_device) for group in whole]
 
 
@@ -90,11 +93,12 @@ def _devices() -> list[str]:
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
-def run_all(jobs: Iterable[Job], slots: Sequence[Slot], total: int | None = None) -> list[Failure]:
+def run_all(jobs: Iterable[Job | Failure], slots: Sequence[Slot], total: int | None = None) -> list[Failure]:
     """Runs every job, one at a time in each slot; returns those that failed, whose logs are in their folders.
 
     Args:
-        jobs: asked for the next job when a slot is free, so that a job may depend on how earlier ones ended.
+        jobs: asked for the next job when a slot is free, so that a job may depend on how earlier ones ended. A job that
+            is known to fail comes as its failure.
         total: how many jobs there will be, for the bar; None: not known.
 
     Raises:
@@ -107,7 +111,7 @@ def run_all(jobs: Iterable[Job], slots: Sequence[Slot], total: int | None = None
         raise
 
 
-def _run_all(jobs: Iterable[Job], slots: Sequence[Slot], total: int | None) -> list[Failure]:
+def _run_all(jobs: Iterable[Job | Failure], slots: Sequence[Slot], total: int | None) -> list[Failure]:
     waiting, free, running, failures = iter(jobs), list(slots), list[_Running](), list[Failure]()
     bar = Progress(
         TextColumn("{task.description}"),
@@ -123,12 +127,13 @@ def _run_all(jobs: Iterable[Job], slots: Sequence[Slot], total: int | None) -> l
             if received:
                 raise Stopped(received[0])
             while free and (job := next(waiting, None)) is not None:
-                try:
-                    running.append(_start(job, free[0], bar))
-                    del free[0]
-                except OSError as error:
-                    failures.append(_not_started(job, error))
+                started = job if isinstance(job, Failure) else _start_if_possible(job, free[0], bar)
+                if isinstance(started, Failure):
+                    failures.append(started)
                     bar.advance(task)
+                else:
+                    running.append(started)
+                    del free[0]
             if not running:
                 return failures
             time.sleep(_POLL_SECONDS)
@@ -189,6 +194,15 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _start_if_possible(job: Job, slot: Slot, bar: Progress) -> _Running | Failure:
+    try:
+        return _start(job, slot, bar)
+    except BlockingIOError:
+        return Failure(job, "another process is at it; its result counts when that has ended")
+    except OSError as error:
+        return Failure(job, f"it could not be started in {job.folder}: {error}")
+
+
 def _start(job: Job, slot: Slot, bar: Progress) -> _Running:
     """Starts a job. Raises BlockingIOError where another process has the folder, OSError where it can't be written."""
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +210,8 @@ def _start(job: Job, slot: Slot, bar: Progress) -> _Running:
         lock = undo.enter_context((job.folder / _LOCK).open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _note_start(job.folder, slot)
-        log = undo.enter_context((job.folder / LOG).open("ab"))
+        log = undo.enter_context((job.folder / LOG).open("ab+"))
+        _end_last_line(log)
         process = subprocess.Popen(
             job.command,
             stdout=log,
@@ -213,22 +228,44 @@ def _start(job: Job, slot: Slot, bar: Progress) -> _Running:
     return _Running(job, process, slot, lock, task, time.monotonic())
 
 
-def _not_started(job: Job, error: OSError) -> Failure:
-    if isinstance(error, BlockingIOError):
-        return Failure(job, "another process is at it; its result counts when that has ended")
-    return Failure(job, f"it could not be started in {job.folder}: {error}")
-
-
 def _note_start(folder: Path, slot: Slot) -> None:
     """Adds a start to the folder's record, as a run itself records neither commit nor machine."""
     file = folder / PROVENANCE
-    starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.is_file() else []
     threads = {"threads": int(slot["OMP_NUM_THREADS"])} if "OMP_NUM_THREADS" in slot else {}
-    write_text(file, json.dumps({"starts": [*starts, {**describe(), **threads}]}, indent=2) + "\n")
+    starts = [*_starts_before(file), {**describe(), **threads}]
+    write_text(file, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def _starts_before(file: Path) -> list[dict[str, Any]]:
+    """Returns the starts recorded so far; a damaged record is kept under another name."""
+    try:
+        return read_starts(file)
+    except UserError as error:
+        aside = file.with_name(file.name + ".damaged")
+        os.replace(file, aside)
+        _logger.warning(f"{error}: kept as {aside}; the starts in it are not in the new record")
+        return []
+
+
+def read_starts(file: Path) -> list[dict[str, Any]]:
+    """Returns commit and machine of each start of a run, [] without a file. Raises UserError where it is damaged."""
+    starts = read_json(file).get("starts", [])
+    if not isinstance(starts, list) or not all(isinstance(start, dict) and "commit" in start for start in starts):
+        raise UserError(f"{file} is damaged (it is no record of starts)")
+    return starts
+
+
+def _end_last_line(log: IO[bytes]) -> None:
+    """Ends a line that a killed run has left open, or the next run's first line would be part of it."""
+    if log.seek(0, os.SEEK_END) > 0:
+        log.seek(-1, os.SEEK_END)
+        if log.read(1) != b"\n":
+            log.write(b"\n")
+            log.flush()
 
 
 def _epochs_done(job: Job) -> int:
-    file = job.folder / "metrics.jsonl"
+    file = job.folder / HISTORY
     return file.read_bytes().count(b"\n") if job.epochs and file.is_file() else 0
 
 
@@ -239,15 +276,16 @@ def _ended(one: _Running) -> list[Failure]:
         _logger.info(f"done in {took}: {one.job.label}")
         return []
     diverged = status.read(one.job.folder) == "diverged"
-    reason = "its loss diverged" if diverged else _last_line(one.job.folder / LOG)
+    reason = "its loss diverged" if diverged else _last_said(one.job.folder / LOG)
     why = f"exit status {one.process.returncode}: {reason}"
     _logger.info(f"failed after {took}: {one.job.label}: {why}")
     return [Failure(one.job, f"{why} (more in {one.job.folder / LOG})")]
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+def _last_said(log: Path) -> str:
+    """Returns the last line that is not indented: the first of an error, whose further lines are."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.rstrip() for line in reversed(lines) if line[:1].strip()), "it said nothing")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ matplotlib draws it: the figure is an image file, and plotly, which draws the re
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from typing import Any
 import numpy as np
 
 from rcl_fast.train.errors import UserError
-from rcl_fast.train.experiments.clusters import best_checkpoint
 from rcl_fast.train.experiments.features import features_of_test_images
+from rcl_fast.train.inference import best_checkpoint
 from rcl_fast.train.report.feature_map import balanced_subset, tsne
+from rcl_fast.train.rundir.result_files import read_json
 from rcl_fast.train.runtime.files import write_text
 
 MOST_POINTS = 3_000
 _NAMED_CLASSES = 10
+_PARTS = {"run", "seed", "x", "y", "labels", "class_names"}  # of a panel
+
+_logger = logging.getLogger(__name__)
 
 
 def check_drawable() -> None:
@@ -52,9 +57,13 @@ def write(panels: Mapping[str, dict[str, Any]], title: str, file: Path) -> list[
 
 
 def read_points(file: Path) -> dict[str, dict[str, Any]]:
-    """Returns the panels that an earlier `write` has left, if any."""
-    data = _points_file(file)
-    return json.loads(data.read_text(encoding="utf-8"))["panels"] if data.is_file() else {}
+    """Returns the panels that an earlier `write` has left, if any; those of a damaged file are computed anew."""
+    try:
+        panels = read_json(_points_file(file)).get("panels", {})
+        return {label: points for label, points in panels.items() if points.keys() >= _PARTS}
+    except (UserError, AttributeError) as error:
+        _logger.warning(f"the points of the picture are computed anew: {error}")
+        return {}
 
 
 def _points_file(file: Path) -> Path:

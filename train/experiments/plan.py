@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any, NamedTuple
 from rcl_fast.train.errors import UserError
 from rcl_fast.train.experiments import job_queue, runs
 from rcl_fast.train.experiments.job_queue import Failure, Job
+from rcl_fast.train.experiments.rows import row_of
 from rcl_fast.train.experiments.runs import Run
 from rcl_fast.train.experiments.setting import Setting
 from rcl_fast.train.experiments.tables import Column, Row, Table
 from rcl_fast.train.options import ReproduceOptions
-from rcl_fast.train.report.results import METRICS
+from rcl_fast.train.rundir import result_files
+from rcl_fast.train.runtime.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -58,22 +61,71 @@ def unique(entries: Plan) -> Iterator[PlannedRun]:
 
 
 def read_rows(files: Sequence[Path]) -> Rows:
-    """Reads rows by run id and second stage. Raises UserError for a file that is not one of rows."""
+    """Reads rows by run id and second stage. Raises UserError for a file that is not one of rows, with the line."""
     rows: Rows = {}
     for file in files:
+        if not file.is_file():
+            raise UserError(f"--rows {file}: there is no such file")
         try:
-            for line in file.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
+            for number, row in enumerate(result_files.read_rows(file), start=1):
+                if not _is_row(row):
+                    raise UserError(f"line {number} has no key and second_stage")
                 rows[row["key"], row["second_stage"]] = row
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--rows {file}: no file of rows ({error!r})") from error
+        except UserError as error:
+            raise UserError(f"--rows {file}: no file of rows ({error}); mend that line or take it out") from error
     return rows
+
+
+def kept_rows(file: Path) -> Rows:
+    """Returns the rows that an earlier call wrote, if any; a file with a damaged line is kept under another name."""
+    rows: Rows = {}
+    damaged = []
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if _is_row(row) and isinstance(row.get("seed"), int):
+            rows[row["key"], row["second_stage"]] = row
+        else:
+            damaged.append(str(number))
+    if damaged:
+        aside = file.with_name(file.name + ".damaged")
+        os.replace(file, aside)
+        _logger.warning(f"{file} is damaged in line {', '.join(damaged)}: kept as {aside}; its other rows stay")
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("second_stage", 0), str | None)
+    )
+
+
+def why_unusable(entry: PlannedRun) -> str | None:
+    """Returns why what lies in the folder of a planned run can't be used, and what to do; None where it can."""
+    try:
+        row_of(entry.run, entry.second_stage)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def unusable(entries: Plan, known: Rows) -> list[Failure]:
+    """Returns the planned runs with a damaged file in their folder, or with those of another run; each folder once."""
+    failures: dict[str, Failure] = {}
+    for entry in unique(entries):
+        why = None if entry.id in known else why_unusable(entry)
+        if why is not None:
+            failures.setdefault(why, Failure(Job(entry.label, [], entry.run.folder, epochs=0), why))
+    return list(failures.values())
 
 
 def missing_runs(entries: Plan, known: Rows) -> list[Run]:
     """Returns the trainings to start or to finish; a second stage whose row is known needs none."""
     needed = {entry.run.id: entry.run for entry in unique(entries) if entry.id not in known}
-    return [run for run in needed.values() if (run.id, None) not in known and runs.state(run) != "finished"]
+    to_do = ("missing", "half done")
+    return [run for run in needed.values() if (run.id, None) not in known and runs.state(run) in to_do]
 
 
 def missing_stages(entries: Plan, known: Rows) -> list[PlannedRun]:
@@ -82,7 +134,7 @@ def missing_stages(entries: Plan, known: Rows) -> list[PlannedRun]:
         for entry in unique(entries)
         if entry.second_stage is not None
         and entry.id not in known
-        and not (runs.second_stage_folder(entry.run, entry.second_stage) / METRICS).is_file()
+        and not (runs.second_stage_folder(entry.run, entry.second_stage) / result_files.METRICS).is_file()
     ]
 
 
@@ -99,11 +151,15 @@ def dry(entries: Plan, known: Rows, processes: int) -> list[str]:
 
 def run_missing(entries: Plan, known: Rows, options: ReproduceOptions) -> list[Failure]:
     """Runs the missing trainings, then the second stages on them. Raises job_queue.Stopped."""
-    mine = part_of(list(dict.fromkeys(entry.run.id for entry in unique(entries))), options.part)
-    wanted, missing = len(mine), [run for run in missing_runs(entries, known) if run.id in mine]
+    wanted = {entry.run.id: entry.run for entry in unique(entries)}
+    mine = part_of(list(wanted), options.part)
+    missing = [run for run in missing_runs(entries, known) if run.id in mine]
     half_done = sum(runs.state(run) == "half done" for run in missing)
+    damaged = sum((id, None) not in known and runs.state(wanted[id]) == "unusable" for id in mine)
+    done = len(mine) - len(missing) - damaged
     _logger.info(
-        f"{wanted} runs: {wanted - len(missing)} done, {half_done} half done, {len(missing) - half_done} to start",
+        f"{counted(mine, 'run')}: {done} done, {half_done} half done, {len(missing) - half_done} to start"
+        + f", {damaged} damaged" * (damaged > 0)
     )
     for run in missing:
         runs.check_data(run.config, run.data)

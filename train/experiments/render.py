@@ -9,6 +9,7 @@ from rich.table import Table as RichTable
 
 from rcl_fast.train.experiments.cells import Cell, Spread
 from rcl_fast.train.experiments.tables import METRICS, Column, Paper, Row, Table, heading
+from rcl_fast.train.runtime.wording import counted
 
 
 class Filled(NamedTuple):
@@ -16,7 +17,7 @@ class Filled(NamedTuple):
 
     table: Table
     cells: list[list[Cell]]  # by row and column
-    without: list[str]  # by row: the text of a cell without a figure of ours
+    without: list[list[str]]  # by row and column: the text of a cell without a figure of ours
     setting: list[str]  # the differences from the paper's setting
     seeds: int
     selected_on: list[str]  # the sets that epochs were selected on
@@ -30,7 +31,7 @@ def title(filled: Filled) -> str:
 def notes(filled: Filled) -> list[str]:
     """Returns sentences on what the figures are."""
     spread = "mean ± standard deviation over" if filled.seeds > 1 else "of"
-    lines = [f"Ours: {spread} {filled.seeds} seed{'s' * (filled.seeds != 1)}, the selected epoch, then the last."]
+    lines = [f"Ours: {spread} {counted(range(filled.seeds), 'seed')}, the selected epoch, then the last."]
     if not filled.setting and _has_paper(filled):
         lines.append("In brackets: ours minus the paper's.")
     if filled.selected_on:
@@ -110,12 +111,12 @@ def _texts(filled: Filled) -> list[tuple[Row, list[str] | None]]:
     """
     lines: list[tuple[Row, list[str] | None]] = []
     block = ""
-    for row, cells, without in zip(filled.table.rows, filled.cells, filled.without, strict=True):
+    for row, cells, without_figure in zip(filled.table.rows, filled.cells, filled.without, strict=True):
         if row.block != block:
             block = row.block
             lines.append((row, None))
         texts = []
-        for cell, column in zip(cells, filled.table.columns, strict=True):
+        for cell, column, without in zip(cells, filled.table.columns, without_figure, strict=True):
             texts += [_paper(cell.paper, column)] if _has_paper(filled) else []
             texts.append(_ours(cell, column, filled.seeds, without))
         lines.append((row, texts))

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 
+from rcl_fast.train.arguments import parsing, ranges
+from rcl_fast.train.arguments.ranges import flag
+from rcl_fast.train.checks import check_results_folder
 from rcl_fast.train.errors import UserError, refuse
 from rcl_fast.train.experiments import pictures
-from rcl_fast.train.experiments.job_queue import Failure
-from rcl_fast.train.experiments.plan import dry, plan, read_rows, run_missing
+from rcl_fast.train.experiments.devices import check_devices
+from rcl_fast.train.experiments.job_queue import Failure, Job
+from rcl_fast.train.experiments.plan import (
+    Plan,
+    Rows,
+    dry,
+    missing_runs,
+    missing_stages,
+    plan,
+    read_rows,
+    run_missing,
+    unique,
+    unusable,
+)
 from rcl_fast.train.experiments.setting import Setting, adapt
 from rcl_fast.train.experiments.show import show
 from rcl_fast.train.experiments.tables import TABLES, Table
-from rcl_fast.train.options import ReproduceOptions
+from rcl_fast.train.options import Config, ReproduceOptions
 
 _logger = logging.getLogger(__name__)
 
@@ -25,20 +41,21 @@ def reproduce(table: Table, options: ReproduceOptions) -> list[Failure]:
         job_queue.Stopped: a signal came; the same call goes on.
     """
     _check(options)
-    setting = Setting(options.dataset, options.epochs, options.validate_on, tuple(shlex.split(options.more)))
+    setting = Setting(options.dataset, options.epochs, options.validate_on, _more(options))
     entries = plan(table, setting, options)
     known = read_rows(options.rows)
     if options.dry_run:
         for line in dry(entries, known, options.gpus_per_run):
             print(line)
-        return []
+        return unusable(entries, known)
     if table.name == "figure3":
         pictures.check_drawable()
-    failures = run_missing(entries, known, options) if options.run else []
+    failures = unusable(entries, known)
+    failures += run_missing(entries, known, options) if options.run else _not_run(entries, known, options)
     if options.part != "1/1":
         _logger.info(f"part {options.part} is done; run the command without --part to show the table")
     else:
-        show(table, entries, known, setting, options)
+        failures += show(table, entries, known, setting, options)
     return failures
 
 
@@ -53,13 +70,45 @@ def table_of(name: str, options: ReproduceOptions) -> Table:
 
 
 def _check(options: ReproduceOptions) -> None:
+    ranges.check(options)
+    if options.run:
+        check_results_folder("--folder", options.folder, options.data)
+    elif os.path.isfile(options.folder):  # one that is only read need not be writable
+        raise UserError(f"--folder {options.folder} is a file, not a folder; name another")
+    check_results_folder("--output", options.output or options.folder / "tables", options.data)
+    check_devices(options.devices)
     index, _, count = options.part.partition("/")
     is_part = index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)
-    refuse(
-        {
-            f"--seeds must be at least 1, got {options.seeds}": options.seeds < 1,
-            f"--jobs-per-device must be at least 1, got {options.jobs_per_device}": options.jobs_per_device < 1,
-            f"--gpus-per-run must be at least 1, got {options.gpus_per_run}": options.gpus_per_run < 1,
-            f"--part is I/N with 1 <= I <= N, like 2/8; got {options.part}": not is_part,
-        }
-    )
+    refuse({f"--part is I/N with 1 <= I <= N, like 2/8; got {options.part}": not is_part})
+
+
+# The options of train/run.py that --more can't have for all runs, and where they come from.
+_OWN = {
+    "dataset": "give --dataset",
+    "data": "give --data",
+    "seed": "give --seeds",
+    "loss": "it is each row's own",
+    "output": "it is each run's own, in --folder",
+    "resume": "it is each run's own, in --folder",
+}
+
+
+def _more(options: ReproduceOptions) -> tuple[str, ...]:
+    """Returns the arguments in --more. Raises UserError for those that would make a row another one's."""
+    try:
+        more = tuple(shlex.split(options.more))
+    except ValueError as error:
+        raise UserError(f"--more={options.more!r} ends within a quotation") from error
+    given = {name for name in ("epochs", "validate_on") if getattr(options, name) is not None}
+    own = {**_OWN, **{name: f"{flag(name)} is given, too" for name in given}}
+    named = parsing.names(Config, more)
+    refuse({f"--more={options.more!r}: {flag(name)} can't be in it; {why}": name in named for name, why in own.items()})
+    return more
+
+
+def _not_run(entries: Plan, known: Rows, options: ReproduceOptions) -> list[Failure]:
+    """Returns one failure for all runs that are missing, where --no-run trains none."""
+    wanted, runs, stages = list(unique(entries)), missing_runs(entries, known), missing_stages(entries, known)
+    missing = [entry for entry in wanted if entry in stages or (entry.id not in known and entry.run in runs)]
+    all_of_them = Job(f"{len(missing)} of {len(wanted)} runs", [], options.folder, epochs=0)
+    return [Failure(all_of_them, "not finished, and --no-run starts none")] if missing else []

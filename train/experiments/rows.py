@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rcl_fast.train.errors import UserError
 from rcl_fast.train.experiments import runs
-from rcl_fast.train.experiments.job_queue import LOG, PROVENANCE
+from rcl_fast.train.experiments.job_queue import LOG, PROVENANCE, read_starts
 from rcl_fast.train.experiments.setting import MAKES_IMBALANCE
-from rcl_fast.train.report.results import METRICS
+from rcl_fast.train.rundir.result_files import read_json, read_metrics
 
 CLUSTERS = "clusters.json"
 
@@ -25,14 +25,22 @@ _GROUPS = re.compile(r"(\d+) of \d+ classes are under [^;]*; (\d+) others")
 
 
 def row_of(of: runs.Run, second_stage: str | None = None) -> dict[str, Any] | None:
-    """Returns a finished run's figures, options and machine; None where it is not finished."""
+    """Returns a finished run's figures, options and machine; None where it is not finished.
+
+    Raises UserError where a file of its is damaged, with its name and what to do.
+    """
+    why = runs.problem(of)
+    if why is not None:
+        raise UserError(why)
     if runs.state(of) != "finished":
         return None
-    results = runs.read_json(of.folder / METRICS)
-    if second_stage is not None:
-        results = runs.read_json(runs.second_stage_folder(of, second_stage) / METRICS)
-        if not results:
-            return None
+    folder = of.folder if second_stage is None else runs.second_stage_folder(of, second_stage)
+    try:
+        results, indices = read_metrics(folder), read_json(of.folder / CLUSTERS)
+    except UserError as error:
+        raise UserError(f"{error}: move it away, and the same command makes it anew") from error
+    if not results:
+        return None
     return {
         "key": of.id,
         "second_stage": second_stage,
@@ -43,9 +51,9 @@ def row_of(of: runs.Run, second_stage: str | None = None) -> dict[str, Any] | No
         "epochs": of.config.optimization.epochs,
         **{name: results.get(name) for name in _KEPT},
         **_groups(of.folder),
-        **runs.read_json(of.folder / CLUSTERS),
+        **indices,
         "arguments": shlex.join(of.arguments),
-        **_provenance(of.folder if second_stage is None else runs.second_stage_folder(of, second_stage)),
+        **_provenance(folder),
     }
 
 
@@ -61,7 +69,10 @@ def _groups(folder: Path) -> dict[str, int]:
 
 def _provenance(folder: Path) -> dict[str, Any]:
     """Returns the provenance of the run's last start, with the commits of all its starts."""
-    starts: Sequence[dict[str, Any]] = runs.read_json(folder / PROVENANCE).get("starts", [])
+    try:
+        starts = read_starts(folder / PROVENANCE)
+    except UserError as error:
+        return {"commit": f"not known: {error}"}
     if not starts:
         return {"commit": "not recorded: not started by reproduce.py"}
     return {**starts[-1], "commit": ", ".join(dict.fromkeys(start["commit"] for start in starts))}

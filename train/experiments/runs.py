@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +14,7 @@ from rcl_fast.train.errors import UserError
 from rcl_fast.train.experiments.setting import IGNORED, MAKES_IMBALANCE, Setting, arguments_of, flags, parsed, run_id
 from rcl_fast.train.experiments.tables import Column, Row
 from rcl_fast.train.options import Config
-from rcl_fast.train.report.results import METRICS
-from rcl_fast.train.rundir import checkpoint_files, status
+from rcl_fast.train.rundir import checkpoint_files, result_files
 
 _COMMANDS = Path(__file__).parents[1]
 TRAIN, SECOND_STAGES = _COMMANDS / "run.py", _COMMANDS / "second_stage.py"
@@ -28,6 +27,7 @@ class Run(NamedTuple):
     config: Config
     folder: Path
     data: Path | None
+    own: str = ""  # its row's and column's further options, in words
 
     @property
     def id(self) -> str:
@@ -37,10 +37,10 @@ class Run(NamedTuple):
     def label(self) -> str:
         data, loss = self.config.data, self.config.loss
         factor = f" IF {data.imbalance:g}" if data.dataset in MAKES_IMBALANCE else ""
-        return f"{data.dataset}{factor} {loss.loss} seed {self.config.run.seed} ({self.id})"
+        return f"{data.dataset}{factor} {loss.loss}{self.own} seed {self.config.run.seed} ({self.id})"
 
 
-State = Literal["missing", "half done", "finished"]
+State = Literal["missing", "half done", "finished", "unusable"]
 
 
 def runs_of(
@@ -50,13 +50,21 @@ def runs_of(
     if row.options is None:
         return []
     arguments = arguments_of(row, column, setting)
-    first = parsed(arguments)
+    first, own = parsed(arguments), _in_words({**column.options, **row.options})
     runs = []
     for seed in seeds:
         of_seed = dataclasses.replace(first, run=dataclasses.replace(first.run, seed=seed))
         with_seed = (*arguments, "--seed", str(seed))
-        runs.append(Run(with_seed, of_seed, folder / run_id(of_seed), folder_of_data(data, first.data.dataset)))
+        place = folder / run_id(of_seed), folder_of_data(data, first.data.dataset)
+        runs.append(Run(with_seed, of_seed, *place, own))
     return runs
+
+
+def _in_words(options: Mapping[str, Any]) -> str:
+    """Returns the options that a label does not have otherwise: they tell runs of one loss on one data set apart."""
+    shown = ("dataset", "imbalance", "loss")
+    words = " ".join(flags({name: value for name, value in options.items() if name not in shown}))
+    return f" {words}" * bool(words)
 
 
 def folder_of_data(data: Path | None, dataset: str) -> Path | None:
@@ -65,20 +73,37 @@ def folder_of_data(data: Path | None, dataset: str) -> Path | None:
 
 
 def check_data(config: Config, data: Path | None) -> None:
-    """Raises UserError where the run needs a data set of files and nobody says where that is."""
-    if data is None and config.data.data is None and config.data.dataset != "digits_lt":
+    """Raises UserError where the run needs a data set of files, and nobody says where that is or it is no folder."""
+    folder = data or config.data.data
+    if config.data.dataset == "digits_lt":
+        return
+    if folder is None:
         raise UserError(f"{config.data.dataset} is to be trained on: say where it is with --data DIR")
+    if not os.path.isdir(folder):
+        raise UserError(f"{config.data.dataset} is to be trained on, and --data {folder} is no folder: say where it is")
 
 
 def state(of: Run) -> State:
-    """Returns how far the run is; raises UserError where the folder holds another run."""
-    if (of.folder / "config.json").is_file():
-        check_saved(of)
-    results = read_json(of.folder / METRICS)
-    trained = results and not results["interrupted"] and results["last_epoch"] == of.config.optimization.epochs
-    if trained and status.read(of.folder) == "finished":  # with its report, which may have failed later
+    """Returns how far the run is; "unusable": its folder holds a damaged file or another run, as `problem` says."""
+    if problem(of) is not None:
+        return "unusable"
+    if result_files.is_finished(of.folder, of.config.optimization.epochs):
         return "finished"
     return "half done" if checkpoint_files.exist(of.folder) else "missing"
+
+
+def problem(of: Run) -> str | None:
+    """Returns why what lies in the run's folder can't be used, and what to do; None where it can."""
+    try:
+        result_files.read_metrics(of.folder)
+    except UserError as error:
+        return f"{error}: move it away, and the same command makes it anew"
+    try:
+        if (of.folder / "config.json").is_file() or checkpoint_files.exist(of.folder):
+            check_saved(of)
+    except UserError as error:
+        return f"{error}: move {of.folder} away, and the same command trains it anew"
+    return None
 
 
 def check_saved(of: Run) -> None:
@@ -93,11 +118,14 @@ def check_saved(of: Run) -> None:
         and not (name == "loader" and value == "auto")  # config.json has the loader that auto stood for
     ]
     if differing:
-        raise UserError(f"{of.folder} holds a run of other values ({'; '.join(differing)}): move it away")
+        raise UserError(f"{of.folder} holds a run of other values ({'; '.join(differing)})")
 
 
 def command(of: Run, processes: int = 1) -> list[str]:
-    """Returns the command that starts the run, or goes on with it."""
+    """Returns the command that starts the run, or goes on with it. Raises UserError where its folder is unusable."""
+    why = problem(of)
+    if why is not None:
+        raise UserError(why)
     data = [] if of.data is None else ["--data", str(of.data)]
     start = [sys.executable, str(_shown(TRAIN))]
     if processes > 1:
@@ -133,7 +161,3 @@ def second_stage_folder(of: Run, method: str) -> Path:
 def _shown(file: Path) -> Path:
     """Returns the path relative to the current folder where it lies below that, as people write it."""
     return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -9,16 +9,17 @@ import shlex
 from functools import cache
 from typing import NamedTuple, get_type_hints
 
+from rcl_fast.train.checks import MAKES_IMBALANCE
 from rcl_fast.train.config import RESUMABLE, config_of
 from rcl_fast.train.experiments.tables import Column, Options, Row, Table
 from rcl_fast.train.options import Config
+from rcl_fast.train.runtime.wording import counted
 
 # The options that don't change a run's figures: where things are, and how fast they are computed.
 IGNORED = {
     "data": RESUMABLE["data"],
     "run": (RESUMABLE["run"] - {"precision"}) | {"output", "resume"},
 }
-MAKES_IMBALANCE = ("digits_lt", "cifar10_lt", "cifar100_lt")
 
 
 class Setting(NamedTuple):
@@ -33,7 +34,7 @@ class Setting(NamedTuple):
         """Returns the differences from the paper's setting, in words."""
         replaced = self.dataset is not None and self.dataset not in _datasets(table)
         texts = {
-            "epochs": f"{self.epochs} epoch{'s' * (self.epochs != 1)}",
+            "epochs": counted(range(self.epochs or 0), "epoch"),
             "validate_on": f"--validate-on {self.validate_on}",
             "more": shlex.join(self.more),
         }
@@ -80,7 +81,7 @@ def _elsewhere(column: Column, dataset: str) -> Options:
 
 
 def arguments_of(row: Row, column: Column, setting: Setting) -> tuple[str, ...]:
-    """Returns the arguments of train/run.py, without the seed."""
+    """Returns the arguments of train/run.py, without the seed; of one that is there twice, the last counts."""
     options = {**column.options, **(row.options or {})}
     if options["dataset"].startswith("cifar"):
         options["validate_on"] = "test"  # epochs are selected there for CIFAR's published figures

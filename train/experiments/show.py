@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rcl_fast.train.errors import NotWritten
+from rcl_fast.train.errors import NotWritten, UserError
 from rcl_fast.train.experiments import cells, clusters, pictures, render, runs
-from rcl_fast.train.experiments.plan import Plan, PlannedRun, Rows, plan, read_rows, unique
+from rcl_fast.train.experiments.job_queue import Failure, Job
+from rcl_fast.train.experiments.plan import Plan, PlannedRun, Rows, kept_rows, plan, unique, why_unusable
 from rcl_fast.train.experiments.render import Filled
 from rcl_fast.train.experiments.rows import CLUSTERS, row_of
 from rcl_fast.train.experiments.setting import Setting
-from rcl_fast.train.experiments.tables import TABLES, Table
+from rcl_fast.train.experiments.tables import TABLES, Row, Table
 from rcl_fast.train.options import ReproduceOptions
 from rcl_fast.train.runtime.console import print_table
 from rcl_fast.train.runtime.files import write_text
@@ -23,10 +24,12 @@ from rcl_fast.train.runtime.files import write_text
 _logger = logging.getLogger(__name__)
 
 
-def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: ReproduceOptions) -> None:
-    """Gathers the rows of the runs, prints the table, and writes TABLE.md, TABLE.json and the rows as TABLE.jsonl."""
-    if any(row.features for row in table.rows):
-        _measure_clusters(entries, known)
+def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: ReproduceOptions) -> list[Failure]:
+    """Gathers the rows of the runs, prints the table, and writes TABLE.md, TABLE.json and the rows as TABLE.jsonl.
+
+    Returns the runs whose features could not be computed, and why.
+    """
+    failures = _measure_clusters(entries, known) if any(row.features for row in table.rows) else []
     finished = {entry.id: row for entry in unique(entries) if (row := _row(entry, known)) is not None}
     filled = fill(table, entries, finished, setting, options.seeds)
     _logger.info(render.title(filled))
@@ -46,7 +49,8 @@ def show(table: Table, entries: Plan, known: Rows, setting: Setting, options: Re
     write_text(file.with_name(file.name + ".jsonl"), "".join(lines))
     _logger.info(f"written: {file}.md, .json and .jsonl")
     if table.name == "figure3":
-        _draw(table, entries, render.title(filled), file)
+        failures += _draw(table, entries, render.title(filled), file)
+    return failures
 
 
 def file_name(table: Table, setting: Setting, only: Sequence[str]) -> str:
@@ -58,22 +62,36 @@ def file_name(table: Table, setting: Setting, only: Sequence[str]) -> str:
 
 def other_seeds(file: Path, table: Table, setting: Setting, options: ReproduceOptions) -> Rows:
     """Returns the rows in `file` of the table's runs with any seed, so that a call with fewer seeds loses none."""
-    before = read_rows([file] if file.is_file() else [])
+    before = kept_rows(file)
     seeds = 1 + max((row["seed"] for row in before.values()), default=-1)
     wanted = {entry.id for entry in unique(plan(table, setting, dataclasses.replace(options, seeds=seeds)))}
     return {id: row for id, row in before.items() if id in wanted}
 
 
 def _row(entry: PlannedRun, known: Rows) -> dict[str, Any] | None:
-    return known.get(entry.id) or row_of(entry.run, entry.second_stage)
+    if entry.id in known:
+        return known[entry.id]
+    try:
+        return row_of(entry.run, entry.second_stage)
+    except UserError:  # `unusable` says why
+        return None
 
 
-def _measure_clusters(entries: Plan, known: Rows) -> None:
+def _measure_clusters(entries: Plan, known: Rows) -> list[Failure]:
+    failures = []
     for entry in unique(entries):
         measured = (entry.run.folder / CLUSTERS).is_file()
         if entry.id not in known and not measured and runs.state(entry.run) == "finished":
             _logger.info(f"cluster indices: {entry.label}")
-            clusters.measure(entry.run.folder, entry.run.data)
+            try:
+                clusters.measure(entry.run.folder, entry.run.data)
+            except UserError as error:
+                failures.append(_without_features(entry, error))
+    return failures
+
+
+def _without_features(entry: PlannedRun, error: UserError) -> Failure:
+    return Failure(Job(entry.label, [], entry.run.folder, epochs=0), f"no features of its test images: {error}")
 
 
 def fill(table: Table, entries: Plan, finished: Rows, setting: Setting, seeds: int) -> Filled:
@@ -87,22 +105,35 @@ def fill(table: Table, entries: Plan, finished: Rows, setting: Setting, seeds: i
         for row, of_row in zip(table.rows, entries, strict=True)
     ]
     selected_on = list(dict.fromkeys(row["selected_on"] for row in finished.values() if row["selected_on"]))
-    without = [row.without_run if row.options is None else "not run" for row in table.rows]
+    without = [
+        [_without_figure(row, [entry for entry in cell if entry.id not in finished]) for cell in of_row]
+        for row, of_row in zip(table.rows, entries, strict=True)
+    ]
     return Filled(table, by_row, without, words, seeds, selected_on)
 
 
-def _draw(table: Table, entries: Plan, title: str, file: Path) -> None:
+def _without_figure(row: Row, unfinished: Sequence[PlannedRun]) -> str:
+    if row.options is None:
+        return row.without_run
+    return "damaged" if any(why_unusable(entry) is not None for entry in unfinished) else "not run"
+
+
+def _draw(table: Table, entries: Plan, title: str, file: Path) -> list[Failure]:
     """Draws the first seed of each row, side by side; points that the file has already are not computed again."""
-    runs_drawn = {row.label: of_row[0][0].run for row, of_row in zip(table.rows, entries, strict=True) if of_row[0]}
+    drawn = {row.label: of_row[0][0] for row, of_row in zip(table.rows, entries, strict=True) if of_row[0]}
     known = pictures.read_points(file)
     panels = {}
-    for label, run in runs_drawn.items():
-        points = known.get(label, {})
+    for label, entry in drawn.items():
+        run, points = entry.run, known.get(label, {})
         if points.get("run") != run.id:
             if runs.state(run) != "finished":
                 _logger.info(f"no picture: it needs the checkpoint of {run.label}")
-                return
-            points = {"run": run.id, "seed": run.config.run.seed, **pictures.points_of(run.folder, run.data)}
+                return []
+            try:
+                points = {"run": run.id, "seed": run.config.run.seed, **pictures.points_of(run.folder, run.data)}
+            except UserError as error:
+                return [_without_features(entry, error)]
         panels[label] = points
     for written in pictures.write(panels, title, file):
         _logger.info(f"written: {written}")
+    return []

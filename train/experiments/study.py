@@ -11,37 +11,104 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rcl_fast.train.checks import check_results_folder
 from rcl_fast.train.errors import NotWritten, UserError
 from rcl_fast.train.rundir import status
+from rcl_fast.train.rundir.result_files import METRICS, read_history, read_json, read_metrics
 
 Parameters = Mapping[str, Any]
 """Options of train/run.py by name."""
 
-OVER = ("finished", "diverged")
-"""What status.json says of a run that is not to be gone on with."""
+OVER = ("finished", "diverged", "damaged")
+"""The statuses of trials that are not to be gone on with."""
 
 
 class Trial(NamedTuple):
     """One point of the search."""
 
     number: int
-    parameters: dict[str, Any]
+    parameters: dict[str, Any]  # {} where its file is damaged
     folder: Path
 
     @property
     def status(self) -> str | None:
-        """Returns what became of its run, as status.json has it; None: it has not begun."""
-        return status.read(self.folder)
+        """Returns what became of its run, as `status.now` has it, or "damaged"; None: it has not begun."""
+        return status.now(self.folder) if self.damage() is None else "damaged"
 
     @property
     def is_over(self) -> bool:
-        """Returns whether nothing is left to run: it is finished, or its loss diverged."""
+        """Returns whether nothing is left to run: it is finished, its loss diverged, or a file of it is damaged."""
         return self.status in OVER
+
+    def damage(self) -> str | None:
+        """Returns which file of it is damaged, and what to do; None where none is that a search reads."""
+        try:
+            _read_trial(self.folder)
+        except UserError as error:
+            return f"{error}: move {self.folder} away, and the same command makes the trial anew"
+        try:
+            if status.read(self.folder) == "finished":
+                best_validation(self.folder)
+                read_metrics(self.folder)
+        except UserError as error:
+            return f"{error}: {_remade(self.folder)}"
+        return None
+
+
+def _remade(folder: Path) -> str:
+    return f"train/run.py --resume {folder} makes it anew"
+
+
+class Figures(NamedTuple):
+    """What a finished trial reached."""
+
+    validation: float  # balanced accuracy of the best epoch
+    epoch: int | None  # the best
+    test: float | None
+    selected_on: str
+
+
+def results(of: Sequence[Trial]) -> tuple[dict[int, Figures], dict[int, str]]:
+    """Returns by number the figures of the finished trials, and what is wrong with those that are damaged."""
+    found, wrong = {}, {}
+    for trial in of:
+        why = trial.damage()
+        if why is None and trial.status == "finished":
+            metrics = read_metrics(trial.folder)
+            if metrics:
+                best = best_validation(trial.folder)["balanced_accuracy"]
+                shown = metrics.get("best_epoch"), metrics["balanced_accuracy"], str(metrics.get("selected_on"))
+                found[trial.number] = Figures(best, *shown)
+            else:
+                why = f"{trial.folder / METRICS} is not there: {_remade(trial.folder)}"
+        if why is not None:
+            wrong[trial.number] = why
+    return found, wrong
+
+
+def check_place(folder: Path, data: Path | None) -> None:
+    """Raises UserError where no study can be kept, or where it would lie among the images of the data."""
+    if _is_journal(folder):
+        raise UserError(
+            f"--study {folder}: that file is a study of an earlier version, which kept Optuna's journal, and can't be "
+            f"gone on with. Its trials are runs in {folder.with_name(folder.stem + '-trials')}/, which are readable as "
+            "ever. Name a new folder"
+        )
+    check_results_folder("--study", folder, data)
+
+
+def _is_journal(path: Path) -> bool:
+    """Returns whether a file is Optuna's journal, which begins with an operation as JSON."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return "op_code" in json.loads(file.readline())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def open_study(folder: Path, content: dict[str, Any]) -> None:
@@ -55,17 +122,18 @@ def open_study(folder: Path, content: dict[str, Any]) -> None:
         NotWritten: it can't be made.
     """
     file = folder / "study.json"
-    if folder.is_file():
-        raise UserError(
-            f"--study {folder}: that file is a study of an earlier version, which kept Optuna's journal, and can't be "
-            f"gone on with. Its trials are runs in {folder.with_name(folder.stem + '-trials')}/, which are readable as "
-            "ever. Name a new folder"
-        )
     if not file.is_file():
         if folder.is_dir() and any(not inside.name.startswith(".") for inside in folder.iterdir()):
             raise UserError(f"--study {folder}: the folder holds no study but is not empty; name another")
         _make(file, json.dumps(content, indent=2) + "\n")
-    before, now = _flat(_read(file)), _flat(json.loads(json.dumps(content)))
+    try:
+        before = _flat(_read(file))
+    except UserError as error:
+        raise UserError(
+            f"--study {folder}: {error}, so what it searches is lost. Name another folder; its trials are runs, which "
+            "stay readable"
+        ) from error
+    now = _flat(json.loads(json.dumps(content)))
     differing = [
         f"{name} (was {before.get(name)}, now {now.get(name)})"
         for name in before | now
@@ -79,9 +147,23 @@ def open_study(folder: Path, content: dict[str, Any]) -> None:
 
 
 def trials(folder: Path) -> list[Trial]:
-    """Returns the study's trials by number."""
-    files = sorted(folder.glob("[0-9]*/trial.json"))
-    return [Trial(int(file.parent.name), _read(file)["parameters"], file.parent) for file in files]
+    """Returns the study's trials by number, damaged ones too."""
+    places = sorted(place for place in folder.glob("[0-9]*") if place.name.isdecimal() and any(place.iterdir()))
+    return [Trial(int(place.name), _parameters(place), place) for place in places]
+
+
+def _parameters(place: Path) -> dict[str, Any]:
+    try:
+        return _read_trial(place)
+    except UserError:
+        return {}
+
+
+def _read_trial(place: Path) -> dict[str, Any]:
+    parameters = _read(place / "trial.json").get("parameters")
+    if not isinstance(parameters, dict):
+        raise UserError(f"{place / 'trial.json'} is damaged (it has no parameters)")
+    return parameters
 
 
 def make_trial(folder: Path, number: int, parameters: Parameters) -> Trial | None:
@@ -121,20 +203,15 @@ def _own_name() -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Returns the content of a file of the study. Raises UserError where it is damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): move it away") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is no study's: move it away")
-    return content
+    """Returns the content of a file of the study. Raises UserError where it is damaged or not there."""
+    if not file.is_file():
+        raise UserError(f"{file} is not there")
+    return read_json(file)
 
 
 def best_validation(folder: Path) -> dict[str, Any]:
-    """Returns the row of a run's metrics.jsonl with the highest balanced accuracy, the first of several."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return max(rows, key=lambda row: row["balanced_accuracy"])
+    """Returns the row of a run's epoch with the highest balanced accuracy, the first of several. Raises UserError."""
+    return max(read_history(folder), key=lambda row: row["balanced_accuracy"])
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -11,20 +10,25 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from rcl_fast.train.arguments import parsing
+from rcl_fast.train.arguments.ranges import flag
 from rcl_fast.train.config import RESUMABLE, config_of
-from rcl_fast.train.errors import UserError, refuse
+from rcl_fast.train.errors import UserError
 from rcl_fast.train.experiments import job_queue, runs, study
+from rcl_fast.train.experiments.devices import check_devices
 from rcl_fast.train.experiments.job_queue import Failure, Job
 from rcl_fast.train.experiments.runs import Run
-from rcl_fast.train.experiments.search_space import Space, corners, grid, parse_space
+from rcl_fast.train.experiments.search_space import Space, corners, grid, parse_space, size
 from rcl_fast.train.experiments.setting import flags
 from rcl_fast.train.experiments.study import Trial
 from rcl_fast.train.options import Config, SweepOptions
-from rcl_fast.train.report import results
 from rcl_fast.train.rundir import status
 from rcl_fast.train.runtime.console import print_table
+from rcl_fast.train.runtime.wording import counted
 
 _logger = logging.getLogger(__name__)
+
+MOST_TRIALS = 100_000
 
 
 def sweep(options: SweepOptions, shared: Sequence[str] = ()) -> list[Failure]:
@@ -40,11 +44,12 @@ def sweep(options: SweepOptions, shared: Sequence[str] = ()) -> list[Failure]:
         job_queue.Stopped: a signal came; the same call goes on.
     """
     search = _plan(options, shared)
+    check_devices(options.devices)
     slots = job_queue.find_slots(options.devices, options.jobs_per_device)
     study.open_study(options.study, search.content())
     failures = job_queue.run_all(_jobs(search), slots, search.total)
-    show(search)
-    return [failure for failure in failures if status.read(failure.job.folder) not in study.OVER]
+    damaged = show(search)
+    return [failure for failure in failures if status.read(failure.job.folder) not in study.OVER] + damaged
 
 
 class Search(NamedTuple):
@@ -58,7 +63,7 @@ class Search(NamedTuple):
     def run(self, trial: Trial) -> Run:
         """Returns the trial's run."""
         arguments = self.arguments(trial.parameters)
-        return Run(arguments, _config(arguments), trial.folder, self.options.data)
+        return Run(arguments, config_of(arguments), trial.folder, self.options.data)
 
     def arguments(self, parameters: study.Parameters) -> tuple[str, ...]:
         """Returns what train/run.py is called with, but for the data's folder."""
@@ -68,7 +73,7 @@ class Search(NamedTuple):
         """Returns what all who work on the study must agree on, plain values."""
         common = {
             section: {name: value for name, value in values.items() if name not in RESUMABLE.get(section, set())}
-            for section, values in _config(self.arguments({})).to_dict().items()
+            for section, values in config_of(self.arguments({})).to_dict().items()
         }
         space = {name: str(of) for name, of in self.space.items()}
         return {"sampler": self.options.sampler, "space": space, "run": common}
@@ -76,12 +81,7 @@ class Search(NamedTuple):
 
 def _plan(options: SweepOptions, shared: Sequence[str]) -> Search:
     """Returns what is to be run. Raises UserError for what the trainer would refuse, before anything is."""
-    refuse(
-        {
-            f"--trials must be at least 1, got {options.trials}": options.trials is not None and options.trials < 1,
-            f"--jobs-per-device must be at least 1, got {options.jobs_per_device}": options.jobs_per_device < 1,
-        }
-    )
+    study.check_place(options.study, options.data)
     space = parse_space(options.grid, ranges=options.sampler == "tpe")
     if options.sampler == "tpe":
         if options.trials is None:
@@ -90,19 +90,29 @@ def _plan(options: SweepOptions, shared: Sequence[str]) -> Search:
             raise UserError("--sampler tpe needs Optuna: pip install '.[sweep]' in rcl_fast's folder")
         total = options.trials
     else:
-        points = sum(1 for _ in grid(space))
-        total = points if options.trials is None else min(points, options.trials)
+        total = size(space) if options.trials is None else min(size(space), options.trials)
+        if total > MOST_TRIALS:
+            raise UserError(
+                f"--grid has {total:,} combinations, and a search at most {MOST_TRIALS:,} trials: --trials N"
+            )
+    _check_shared(shared, space)
     search = Search(options, space, tuple(shared), total)
-    configs = [_config(search.arguments(parameters)) for parameters in corners(space)]
+    configs = [config_of(search.arguments(parameters)) for parameters in corners(space)]
     runs.check_data(configs[0], options.data)
     return search
 
 
-def _config(arguments: tuple[str, ...]) -> Config:
-    config = config_of(arguments)
-    if config.run.output is not None or config.run.resume is not None:
+def _check_shared(shared: Sequence[str], space: Space) -> None:
+    """Raises UserError for options after -- that would be overridden, or would override the search's own."""
+    given = set(parsing.names(Config, shared))
+    if given & {"output", "resume"}:
         raise UserError("--output and --resume are each trial's own: its folder is in --study")
-    return config
+    for name in ("dataset", "data"):
+        if name in given:
+            raise UserError(f"{flag(name)} is of the whole search: give it before --")
+    both = [flag(name) for name in space if name in given]
+    if both:
+        raise UserError(f"{', '.join(both)}: after -- for all trials, and in --grid, too; leave one of the two out")
 
 
 def _typed(value: Any) -> Any:
@@ -110,14 +120,21 @@ def _typed(value: Any) -> Any:
     return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
-def _jobs(search: Search) -> Iterator[Job]:
+def _jobs(search: Search) -> Iterator[Job | Failure]:
     """Gives each trial that is not over once, as long as there are any: others may leave some meanwhile."""
     tried: set[int] = set()
     while (trial := _next(search, tried)) is not None:
         tried.add(trial.number)
-        run = search.run(trial)
-        label = f"trial {trial.number}, one of {search.total}: {_described(trial.parameters)}"
-        yield Job(label, runs.command(run), run.folder, run.config.optimization.epochs)
+        yield _job(search, trial)
+
+
+def _job(search: Search, trial: Trial) -> Job | Failure:
+    run = search.run(trial)
+    label = f"trial {trial.number}, one of {search.total}: {_described(trial.parameters)}"
+    try:
+        return Job(label, runs.command(run), run.folder, run.config.optimization.epochs)
+    except UserError as error:  # what lies in its folder is damaged
+        return Failure(Job(label, [], run.folder, epochs=0), str(error))
 
 
 def _next(search: Search, tried: set[int]) -> Trial | None:
@@ -157,33 +174,34 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def show(search: Search) -> None:
-    """Prints the table of all trials, the best one first."""
+def show(search: Search) -> list[Failure]:
+    """Prints the table of all trials, the best one first; returns those with a damaged file, and what to do."""
     trials = study.trials(search.options.study)
-    finished = {
-        trial.number: study.best_validation(trial.folder)["balanced_accuracy"]
-        for trial in trials
-        if trial.status == "finished"
-    }
-    ordered = sorted(trials, key=lambda trial: -finished.get(trial.number, -1.0))
+    finished, wrong = study.results(trials)
+    ordered = sorted(trials, key=lambda trial: -finished[trial.number].validation if trial.number in finished else 1.0)
     table = Table("trial", *search.space)
     for name in ("validation", "epoch", "test", ""):
         table.add_column(name, justify="right")
-    selected_on = set()
     for trial in ordered:
-        figures = ["–", "–", "–"]
-        if trial.number in finished:
-            metrics = json.loads((trial.folder / results.METRICS).read_text(encoding="utf-8"))
-            selected_on.add(metrics["selected_on"])
-            accuracies = finished[trial.number], metrics["balanced_accuracy"]
-            figures = [f"{accuracies[0]:.1%}", str(metrics["best_epoch"]), f"{accuracies[1]:.1%}"]
+        figures = finished.get(trial.number)
+        cells = ["–", "–", "–"] if figures is None else _cells(figures)
         values = (_short(trial.parameters.get(name, "–")) for name in search.space)
-        table.add_row(str(trial.number), *values, *figures, _shown_status(trial))
-    _logger.info(f"{search.options.study}: balanced accuracy of {len(ordered)} trial{'s' * (len(ordered) != 1)}")
+        table.add_row(str(trial.number), *values, *cells, "damaged" if trial.number in wrong else _shown_status(trial))
+    _logger.info(f"{search.options.study}: balanced accuracy of {counted(ordered, 'trial')}")
     print_table(table)
-    if selected_on:
-        best = ordered[0]
+    if finished:
+        best, selected_on = ordered[0], dict.fromkeys(figures.selected_on for figures in finished.values())
         _logger.info(f"best: {_described(best.parameters)}, in {best.folder}; selected on {', '.join(selected_on)}")
+    return [
+        Failure(Job(f"trial {trial.number}", [], trial.folder, epochs=0), wrong[trial.number])
+        for trial in trials
+        if trial.number in wrong
+    ]
+
+
+def _cells(figures: study.Figures) -> list[str]:
+    test = "–" if figures.test is None else f"{figures.test:.1%}"
+    return [f"{figures.validation:.1%}", str(figures.epoch), test]
 
 
 def _shown_status(trial: Trial) -> str:

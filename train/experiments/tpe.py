@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
@@ -21,7 +21,8 @@ def ask(space: Space, trials: Sequence[Trial]) -> dict[str, Any]:
     study = optuna.create_study(sampler=TPESampler(seed=len(trials), constant_liar=True), direction="maximize")
     distributions = {name: _distribution(of) for name, of in space.items()}
     for trial in trials:
-        study.add_trial(_told(trial, distributions))
+        if trial.parameters:  # else its file is damaged
+            study.add_trial(_told(trial, distributions))
     return study.ask(distributions).params
 
 
@@ -34,4 +35,6 @@ def _told(trial: Trial, distributions: dict[str, BaseDistribution]) -> optuna.tr
 def _distribution(of: Values | Range) -> BaseDistribution:
     if isinstance(of, Values):
         return CategoricalDistribution(of.values)
+    if isinstance(of.low, int) and isinstance(of.high, int):
+        return IntDistribution(of.low, of.high, log=of.log)
     return FloatDistribution(of.low, of.high, log=of.log)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -19,25 +19,34 @@ from torch.optim import SGD
 
 from rcl_fast import metrics
 from rcl_fast.heads import CosineClassifier
+from rcl_fast.train.arguments import ranges
+from rcl_fast.train.arguments.ranges import flag
+from rcl_fast.train.checks import check_results_folder
 from rcl_fast.train.config import saved_config
 from rcl_fast.train.data.datasets import Splits
+from rcl_fast.train.data.samples import BadImage
 from rcl_fast.train.errors import NonFiniteLoss, UserError, refuse
-from rcl_fast.train.inference import load_network
+from rcl_fast.train.inference import best_checkpoint, load_network
 from rcl_fast.train.loaders import build
 from rcl_fast.train.loaders.base import Batch
 from rcl_fast.train.loop.evaluation import count, evaluate, random_mask
-from rcl_fast.train.loop.training import check_class_counts
+from rcl_fast.train.loop.resuming import check_class_counts
 from rcl_fast.train.network.decoupled import ScaledClassifier, tau_normalized
 from rcl_fast.train.network.models import LongTailedClassifier, build_classifier
 from rcl_fast.train.network.optimization import build_schedule
 from rcl_fast.train.options import Config, OptimizationOptions, SecondStageOptions
 from rcl_fast.train.report import results
 from rcl_fast.train.report.results import Outcome
-from rcl_fast.train.rundir import checkpoints, status
+from rcl_fast.train.rundir import checkpoints, status, writer
 from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.hardware import Runtime, choose_runtime
 
 SOURCE_BATCH, SOURCE_RATE = 512, 0.2  # from the authors' cls_crt.yaml and cls_lws.yaml for ImageNet-LT
+DEFAULTS = {"epochs": 10, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}  # theirs, where none is given
+TAU_STEPS = 21
+# The options that only some methods have a use for.
+_OF_TRAINING = ("epochs", "lr", "schedule", "momentum", "weight_decay", "seed")
+_OF_TAU = ("tau", "tau_steps")
 CHUNK = 8192  # features that are classified at once: the logits of many classes take memory
 
 _logger = logging.getLogger(__name__)
@@ -51,10 +60,34 @@ def second_stage(options: SecondStageOptions) -> Path:
         NonFiniteLoss: the classifier diverged.
     """
     config = _config(options)
-    folder = options.output or options.run / "second_stage" / options.method
+    folder = _folder(options)
+    _check_new(folder)
+    run = _load(options, config)
+    with _claimed(folder):
+        return _made(options, run, folder)
+
+
+def _folder(options: SecondStageOptions) -> Path:
+    return options.output or options.run / "second_stage" / options.method
+
+
+def _check_new(folder: Path) -> None:
     if (folder / results.METRICS).exists():
         raise UserError(f"{folder} already holds results: remove it, or name another folder with --output")
-    run = _load(options, config)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Makes the folder of the results, and keeps other processes from it. Raises UserError where one was quicker."""
+    with checkpoints.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writer.only_writer(folder):
+        _check_new(folder)
+        yield
+
+
+def _made(options: SecondStageOptions, run: _FirstStage, folder: Path) -> Path:
+    """Makes the second stage on a run that is loaded; returns the folder of the results."""
     _logger.info(f"{options.method} on epoch {run.epoch} of {options.run}; results in {folder}")
     test_loader = build.evaluation_loader(run.config, run.splits.test, run.runtime)
     keep_features = random_mask(len(run.splits.test))
@@ -87,7 +120,6 @@ def second_stage(options: SecondStageOptions) -> Path:
         **stage.facts,
     }
     with checkpoints.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         checkpoints.save(folder / checkpoints.BEST, {"model": run.model.state_dict(), **figures["second_stage"]})
         results.write(outcome, folder, figures, best)
     title = f"test set, {options.method} selected on {run.splits.selected_on}"
@@ -100,10 +132,13 @@ def _config(options: SecondStageOptions) -> Config:
     """Returns the run's configuration, with the options' changes to it. Raises UserError."""
     if distributed.processes_started() > 1:
         raise UserError("a second stage runs on one process: start it without torchrun")
+    _check(options)
     saved = saved_config(options.run)
-    _check(options, saved)
+    _check_classifier(options, saved)
     data, run = saved.data, saved.run
+    check_results_folder("--output", _folder(options), None if options.output is None else options.data or data.data)
     batch_size = options.batch_size or saved.optimization.batch_size
+    given = {name: value for name in DEFAULTS if (value := getattr(options, name)) is not None}
     return dataclasses.replace(
         saved,
         data=dataclasses.replace(
@@ -119,33 +154,35 @@ def _config(options: SecondStageOptions) -> Config:
             resume=None,
         ),
         optimization=OptimizationOptions(
-            epochs=options.epochs,
             batch_size=batch_size,
             lr=options.lr or SOURCE_RATE * batch_size / SOURCE_BATCH,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            schedule=options.schedule,
+            **{**DEFAULTS, **given},
         ),
     )
 
 
-def _check(options: SecondStageOptions, saved: Config) -> None:
-    """Raises UserError for values that no type can rule out, and for a classifier that the method can't change."""
+def _check(options: SecondStageOptions) -> None:
+    """Raises UserError for options out of their ranges, and for those that the method has no use for."""
+    ranges.check(options)
+    of_others, others = (_OF_TRAINING, "crt or lws") if options.method == "tau_norm" else (_OF_TAU, "tau_norm")
+    unused = [flag(name) for name in of_others if getattr(options, name) is not None]
+    refuse(
+        {
+            f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} for --method {others}": bool(unused),
+            "--tau-steps is how many values of tau are tried, and --tau gives the one": (
+                options.tau is not None and options.tau_steps is not None
+            ),
+        }
+    )
+
+
+def _check_classifier(options: SecondStageOptions, saved: Config) -> None:
+    """Raises UserError for a classifier that the method can't change."""
     if saved.model.classifier == "cosine" and options.method != "crt":
         raise UserError(
             f"--method {options.method} changes the norms of the classifier's rows, and the cosine classifier of "
             f"{options.run} divides by them (it is tau-normalised with tau 1): only --method crt is there for it"
         )
-    refuse(
-        {
-            "--tau must be a finite number": options.tau is not None and not math.isfinite(options.tau),
-            "--tau-steps must be at least 2": options.tau_steps < 2,
-            "--epochs must be at least 1": options.epochs < 1,
-            "--lr must be above 0": options.lr is not None and options.lr <= 0,
-            "--batch-size must be at least 2": options.batch_size is not None and options.batch_size < 2,
-            "--tau is for --method tau_norm": options.tau is not None and options.method != "tau_norm",
-        }
-    )
 
 
 class _FirstStage(NamedTuple):
@@ -179,17 +216,18 @@ Validate = Callable[[nn.Module], dict[str, Any]]
 
 def _load(options: SecondStageOptions, config: Config) -> _FirstStage:
     """Loads the data set and one of the run's checkpoints. Raises UserError where the two do not belong together."""
-    ended = status.read(options.run)
+    ended = status.now(options.run)
     if ended not in ("finished", "interrupted"):
         raise UserError(f"--run {options.run} is not finished ({ended or 'it has no status.json'}): finish it first")
+    runtime = choose_runtime(config.run)
     splits = build.load(config)
-    has_best = (options.run / checkpoints.BEST).exists()  # interrupted early, a run has none
-    name = checkpoints.BEST if options.checkpoint == "best" and has_best else checkpoints.LAST
+    name = best_checkpoint(options.run) if options.checkpoint == "best" else checkpoints.LAST
     loaded = load_network(options.run, name)
     if loaded.class_counts is None or loaded.epoch is None:
         raise UserError(f"{options.run / name} is of an earlier trainer, which did not train like this one")
+    if loaded.epoch == 0:
+        raise UserError(f"--run {options.run} was stopped in its first epoch: there is no trained network to build on")
     check_class_counts(loaded.class_counts, torch.as_tensor(splits.class_counts))
-    runtime = choose_runtime(config.run)
     model = loaded.model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # stubs
     if config.run.compile:
         model.backbone.compile()
@@ -218,10 +256,10 @@ def _tau_norm(options: SecondStageOptions, run: _FirstStage) -> _Stage:
     if options.tau is not None:
         normalised = tau_normalized(classifier, options.tau)
         return _Stage(normalised, normalised, run.epoch, run.epoch, {"tau": options.tau}, [], [])
-    validate = run.validation()
+    validate, steps = run.validation(), options.tau_steps or TAU_STEPS
     tried = {
         tau: validate(tau_normalized(classifier, tau))["balanced_accuracy"]
-        for tau in (round(step / (options.tau_steps - 1), 6) for step in range(options.tau_steps))
+        for tau in (round(step / (steps - 1), 6) for step in range(steps))
     }
     tau = max(tried, key=lambda tau: tried[tau])  # of equally good ones, the smallest
     note = (
@@ -296,6 +334,8 @@ def train_classifier_epoch(
         waiting += time.perf_counter() - asked
         if batch is None:
             break
+        if not len(batch.labels):  # each of its images is bad
+            continue
         labels = runtime.labels(batch.labels)
         with torch.no_grad(), runtime.autocast():
             features = backbone(runtime.images(batch.views[0])).float()
@@ -305,5 +345,7 @@ def train_classifier_epoch(
         optimizer.step()
         images += len(labels)
         total += len(labels) * loss.detach()
-    mean, seconds = total.item() / max(images, 1), time.perf_counter() - began
+    if images == 0:
+        raise BadImage("there is no image to train the classifier on: every one is bad, and left out")
+    mean, seconds = total.item() / images, time.perf_counter() - began
     return {"loss": mean, "images_per_second": images / seconds, "waiting_for_data": waiting / seconds}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,22 +15,24 @@ from torch import Tensor
 from rcl_fast.train.config import check_shared
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.data.samples import BadImage
-from rcl_fast.train.errors import NonFiniteLoss, NotWritten, Preempted, UserError
+from rcl_fast.train.errors import NonFiniteLoss, Preempted, UserError
+from rcl_fast.train.jobs import run_folder
 from rcl_fast.train.loaders import build
-from rcl_fast.train.loaders.base import Loader, StateMismatch
+from rcl_fast.train.loaders.base import Loader
 from rcl_fast.train.loaders.device import DeviceLoader
 from rcl_fast.train.loop import cuda_graph, engine
 from rcl_fast.train.loop.evaluation import Evaluation, evaluate, random_mask
 from rcl_fast.train.loop.step import Step
-from rcl_fast.train.loop.training import Training, resume_training, start_training
+from rcl_fast.train.loop.training import Training, start_training
+from rcl_fast.train.network import ddp
 from rcl_fast.train.options import Config
 from rcl_fast.train.report import results
 from rcl_fast.train.report.results import Outcome
-from rcl_fast.train.rundir import checkpoint_files, checkpoints, restarts, status, writer
-from rcl_fast.train.rundir.logs import RunLog, SilentLog
+from rcl_fast.train.rundir import checkpoint_files, checkpoints, status
+from rcl_fast.train.rundir.logs import Log, RunLog, SilentLog
 from rcl_fast.train.runtime import distributed, signals
-from rcl_fast.train.runtime.files import write_text
 from rcl_fast.train.runtime.hardware import Runtime, choose_runtime
+from rcl_fast.train.runtime.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +57,8 @@ def run(config: Config) -> Path:
     ):
         try:
             return _run(distributed.broadcast_object(config), runtime, should_stop)
+        except KeyboardInterrupt:
+            raise UserError("interrupted while no epoch was under way: nothing is lost") from None
         except UserError as error:
             if distributed.world_size() > 1 and str(error):
                 error.args = (f"process {distributed.rank()} of {distributed.world_size()}: {error}",)
@@ -103,21 +104,25 @@ class _Job(NamedTuple):
 
 
 def _prepare(config: Config, runtime: Runtime, ends: ExitStack) -> _Job:
-    """Loads data and network, resumes, and makes the folder of results. Nothing is written there before.
+    """Loads data and network, resumes, and makes the folder of results. Nothing is written there before but its lock.
 
     Until `ends` is closed, no other run writes there.
     """
     check_shared(config, distributed.world_size())
+    ddp.check(config, runtime)
+    if config.run.cuda_graph:
+        cuda_graph.check(config, runtime)
+    distributed.run_on_main(lambda: run_folder.claim(config, ends))
     splits = build.load(config)
     config = distributed.broadcast_object(build.with_loader(config, splits, runtime))
     if config.run.cuda_graph:
-        cuda_graph.check(config, runtime)
+        cuda_graph.check(config, runtime)  # again, as the loader that "auto" stands for is known now
     training = start_training(config, splits, runtime)
     training_loader, step = _loader_and_step(config, splits, runtime)
     validation_loader = build.evaluation_loader(config, splits.validation, runtime)
     if config.run.resume is not None:
-        _resume(training, training_loader, config.run.resume)
-    folder = distributed.run_on_main(lambda: _prepare_folder(config, ends))
+        run_folder.go_on(training, training_loader, config.run.resume)
+    folder = distributed.run_on_main(lambda: run_folder.make(config, ends))
     job = _Job(config, splits, training, training_loader, validation_loader, step, folder)
     _log_start(job)
     return job
@@ -132,54 +137,6 @@ def _loader_and_step(config: Config, splits: Splits, runtime: Runtime) -> tuple[
     return step.loader, step
 
 
-def _resume(training: Training, training_loader: Loader, folder: Path) -> None:
-    """Loads the newest checkpoint in the folder. Nothing is written to the folder unless all checks pass."""
-    newest = distributed.run_on_main(lambda: checkpoints.newest(folder))
-    try:
-        resume_training(training, training_loader, newest.state)
-    except StateMismatch as error:
-        raise UserError(
-            f"--resume {folder}: {error}. A run goes on with as many processes, and the loader, images and versions "
-            "that it began with; nothing was written"
-        ) from error
-    for path, what in newest.damaged.items():
-        _logger.info(f"{path} is damaged ({what}): going on from the one before, {newest.path.name}")
-    distributed.run_on_main(lambda: checkpoints.set_aside(newest.damaged))
-
-
-def _prepare_folder(config: Config, ends: ExitStack) -> Path:
-    """Makes the folder of results, locks it and writes the resolved configuration there; overwrites no other run."""
-    folder = config.run.output
-    if folder is not None and checkpoint_files.exist(folder) and config.run.resume is None:
-        raise UserError(f"--output {folder} already holds a run: go on with --resume {folder}, or name another folder")
-    try:
-        if folder is None:
-            folder = _new_folder(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        ends.enter_context(writer.only_writer(folder))
-        checkpoints.clear_unfinished(folder)
-        write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-        status.write(folder, "running")
-        restarts.remember(folder)
-    except OSError as error:
-        raise NotWritten(f"the results can't be written ({error}); choose another folder with --output") from error
-    return folder
-
-
-def _new_folder(config: Config) -> Path:
-    """Makes runs/DATASET-LOSS-ARCH-TIME, with a number added where another run of the same second has that name."""
-    name = f"{config.data.dataset}-{config.loss.loss}-{config.model.arch}".replace("/", "-")
-    base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):
-        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("unreachable")
-
-
 def _log_start(job: _Job) -> None:
     config, splits, training = job.config, job.splits, job.training
     counts, device = splits.class_counts, training.runtime.device
@@ -192,14 +149,18 @@ def _log_start(job: _Job) -> None:
         f"{len(splits.test):,} to test on; the best epoch is selected on {splits.selected_on}\n"
         f"{config.model.arch}: {network:,} parameters, "
         f"{results.parameters(training.model):,} with the heads; {together}{where}, {training.runtime.precision}; loss "
-        f"{config.loss.loss}, {config.optimization.epochs} epochs\n"
+        f"{config.loss.loss}, {counted(range(config.optimization.epochs), 'epoch')}\n"
         f"results in {job.folder}" + (f"; going on {_progress(training)}" if config.run.resume is not None else "")
     )
 
 
 def _progress(training: Training) -> str:
-    steps = "" if training.progress is None else f" and {training.progress.steps} steps"
+    steps = "" if training.progress is None else f" and {counted(range(training.progress.steps), 'step')}"
     return f"after epoch {training.epoch}{steps}"
+
+
+class _NothingToReport(UserError):
+    """Ctrl-C came before the first epoch was done."""
 
 
 @contextmanager
@@ -208,44 +169,86 @@ def _record_status(folder: Path) -> Iterator[None]:
     try:
         yield
     except Preempted:
-        with checkpoints.writing(folder):
-            status.write(folder, "preempted")
+        if distributed.is_main():
+            with checkpoints.writing(folder):
+                status.write(folder, "preempted")
         _logger.info(f"stopped by a signal, and saved: go on with --resume {folder}")
         raise
     except KeyboardInterrupt:
-        status.write_if_possible(folder, "interrupted")
+        _note(folder, "interrupted")
         raise UserError(f"left without a report; --resume {folder} makes it") from None
+    except _NothingToReport:
+        _note(folder, "interrupted")
+        raise
     except NonFiniteLoss:
-        status.write_if_possible(folder, "diverged")
+        _note(folder, "diverged")
         raise
     except BadImage as error:
-        status.write_if_possible(folder, "failed")
+        _note(folder, "failed")
         raise UserError(f"{error}\nTraining is done: mend this, then --resume {folder} tests and reports") from error
     except BaseException:
-        status.write_if_possible(folder, "failed")
+        _note(folder, "failed")
         raise
+
+
+def _note(folder: Path, what: status.Status) -> None:
+    """Writes the status on the main process alone, if the disk, which may be what failed, allows it."""
+    if distributed.is_main():
+        status.write_if_possible(folder, what)
 
 
 def _train(job: _Job, should_stop: ShouldStop) -> bool:
     """Trains to the end; returns whether Ctrl-C came before that."""
     training, folder = job.training, job.folder
-    log = RunLog(folder, job.config.optimization.epochs, training.epoch) if distributed.is_main() else SilentLog()
-    with log if isinstance(log, RunLog) else nullcontext():
+    with _log(job) as log:
         try:
             engine.fit(training, job.training_loader, job.validation_loader, folder, log, should_stop, job.step)
         except KeyboardInterrupt:
-            training.load_state_dict(checkpoints.last_epoch(folder).state)
-            _logger.info(f"interrupted; writing the report of {training.epoch} epochs (Ctrl-C again leaves without it)")
+            _go_back(training, folder)
+            done = counted(range(training.epoch), "epoch")
+            _logger.info(f"interrupted; writing the report of {done} (Ctrl-C again leaves without it)")
             return True
         except NonFiniteLoss as error:
-            raise NonFiniteLoss(_last_good(error, folder)) from error
+            raise NonFiniteLoss(f"{error}\n{_last_good(training, folder)}") from error
         except BadImage as error:
-            raise UserError(_last_good(error, folder)) from error
+            raise UserError(f"{error}\n{_advice(job)}{_last_good(training, folder)}") from error
     return False
 
 
-def _last_good(error: Exception, folder: Path) -> str:
-    return f"{error}\nThe last good checkpoint is {folder / checkpoints.LAST}"
+def _log(job: _Job) -> AbstractContextManager[Log]:
+    if not distributed.is_main():
+        return nullcontext(SilentLog())
+    with checkpoints.writing(job.folder):
+        return RunLog(job.folder, job.config.optimization.epochs, job.training.history)
+
+
+def _go_back(training: Training, folder: Path) -> None:
+    """Loads the last whole epoch, which alone is reported. Raises _NothingToReport where there is none."""
+    state = checkpoints.last_epoch(folder).state if checkpoint_files.exist(folder) else None
+    if state is None or state["epoch"] == 0:
+        then = f"--resume {folder} goes on with it" if state is not None else "start again"
+        raise _NothingToReport(f"interrupted in the first epoch, so there is nothing to report yet: {then}")
+    training.load_state_dict(state)
+
+
+def _last_good(training: Training, folder: Path) -> str:
+    if training.epoch > 0:
+        return f"The last good checkpoint is {folder / checkpoints.LAST}"
+    if (folder / checkpoints.MID_EPOCH).exists():
+        return f"The last good checkpoint is {folder / checkpoints.MID_EPOCH}, within the first epoch"
+    return f"No epoch is done, so nothing trained is saved yet: {folder / checkpoints.LAST} is the network at its start"
+
+
+def _advice(job: _Job) -> str:
+    """Returns what to do about a bad image that ended training, as lines; "" where the error has said it."""
+    data = job.config.data
+    if data.on_bad_image == "skip":
+        return ""
+    return (
+        f"All bad ones are named by: python train/verify.py --dataset {data.dataset} --data {data.data}\n"
+        f"Mend them, then go on with --resume {job.folder}; or start anew with --on-bad-image skip, which leaves them "
+        "out\n"
+    )
 
 
 def _test(job: _Job, should_stop: ShouldStop) -> tuple[Evaluation, Evaluation]:
@@ -254,8 +257,18 @@ def _test(job: _Job, should_stop: ShouldStop) -> tuple[Evaluation, Evaluation]:
     test = partial(_test_checkpoint, job, test_loader, should_stop)
     best = last = test(lambda: checkpoints.last_epoch(job.folder).state["model"])
     if 0 < job.training.best_epoch < job.training.epoch:
-        best = test(lambda: checkpoints.load(job.folder / checkpoints.BEST)["model"])
+        best = test(lambda: _best_weights(job))
     return best, last
+
+
+def _best_weights(job: _Job) -> dict[str, Tensor]:
+    try:
+        return run_folder.best_weights(job.training, job.folder)
+    except UserError as error:
+        raise UserError(
+            f"the weights of the best epoch, {job.training.best_epoch}, are lost: {error}. Put a copy there, and "
+            f"--resume {job.folder} tests and reports; or start anew"
+        ) from error
 
 
 def _test_checkpoint(

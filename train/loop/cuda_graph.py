@@ -80,10 +80,10 @@ class _IndexLoader:
 
 
 def check(config: Config, runtime: Runtime) -> None:
-    """Raises UserError where a step can't be captured, with what to change."""
+    """Raises UserError where a step can't be captured, with what to change; the loader may still be "auto"."""
     problems = {
         f"needs a GPU, and the device is {runtime.device.type}": runtime.device.type != "cuda",
-        f"needs --loader device, and this is {config.data.loader}": config.data.loader != "device",
+        f"needs --loader device, and this is {config.data.loader}": config.data.loader not in ("device", "auto"),
         "makes the views within the step: leave out --synthetic-data": config.data.synthetic_data,
         "runs the batch in one part: leave out --accumulate": config.optimization.accumulate > 1,
         "leaves no room for fp16's loss scaling: take --precision fp32 or bf16": runtime.precision == "fp16",

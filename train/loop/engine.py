@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from rcl_fast import LDAM, metrics
+from rcl_fast.train.data.samples import BadImage
 from rcl_fast.train.errors import NonFiniteLoss, Preempted
-from rcl_fast.train.loaders.base import Loader, loader_state
+from rcl_fast.train.loaders.base import Batch, Loader, loader_state
 from rcl_fast.train.loop.evaluation import evaluate
 from rcl_fast.train.loop.loss_readback import ADVICE, LossReadback
 from rcl_fast.train.loop.progress import Progress
@@ -59,8 +61,10 @@ def fit(
         if training.progress is None:
             _begin_epoch(training)
         row = {"epoch": training.epoch + 1, "learning_rate": training.optimizer.param_groups[0]["lr"]}
+        scale = training.scaler.get_scale()
         row.update(train_epoch(training, training_loader, log, checkpointer, should_stop, step))
         _check_weights(training)
+        _check_scale(training, scale)
         try:
             evaluation = evaluate(
                 training.model,
@@ -146,19 +150,42 @@ def _check_weights(training: Training) -> None:
         )
 
 
+def _check_scale(training: Training, before: float) -> None:
+    """Logs how many updates fp16's scaling of the loss has left out since the scale was `before`; each makes it less.
+
+    Raises NonFiniteLoss where the scale is 0: then no step changes the weights any more.
+    """
+    after = training.scaler.get_scale()
+    if after == 0:
+        raise NonFiniteLoss(
+            f"gradients in fp16 are not finite in epoch {training.epoch + 1}, however small the loss is made: every "
+            f"update is left out. {ADVICE}"
+        )
+    if after < before:
+        least = round(math.log(before / after, 1 / training.scaler.get_backoff_factor()))
+        steps = 0 if training.progress is None else training.progress.steps
+        _logger.info(
+            f"fp16: at least {least} of the {steps} updates of epoch {training.epoch + 1} were left out, as gradients "
+            f"overflowed: the loss was scaled by {before:,g}, and is by {after:,g} now. In a run's first steps that is "
+            "usual"
+        )
+
+
 class Agreement(NamedTuple):
     """What all processes do next."""
 
     images: int  # of the next step, in all processes together
     ends: bool  # the epoch ends: one process has no more batches
+    skips: bool  # no process makes this step: all images of one process's share are bad
     saves: bool  # a checkpoint is written first
     stops: bool  # after that the run stops: a signal came to a process
 
 
-def sync_step(images: int, stop: bool, save: bool) -> Agreement:
-    """All-reduces images and flags before a step; returns what all processes do next."""
-    total, without, stops, saves = distributed.all_reduce_counts(images, images == 0, stop, save)
-    return Agreement(total, ends=without > 0, saves=stops + saves > 0, stops=stops > 0)
+def sync_step(batch: Batch | None, stop: bool, save: bool) -> Agreement:
+    """All-reduces images and flags before a step, on this batch; returns what all processes do next."""
+    images = 0 if batch is None else len(batch.labels)
+    total, ended, without, stops, saves = distributed.all_reduce_counts(images, batch is None, images == 0, stop, save)
+    return Agreement(total, ends=ended > 0, skips=without > 0, saves=stops + saves > 0, stops=stops > 0)
 
 
 def train_epoch(
@@ -176,6 +203,7 @@ def train_epoch(
     Raises:
         NonFiniteLoss: raised some steps late, so that reading a loss never makes a GPU wait.
         Preempted: `should_stop` was true on some process; the `checkpointer` has saved.
+        BadImage: every step was left out.
     """
     training.ddp_model.train()
     step = step or train_step
@@ -187,8 +215,7 @@ def train_epoch(
         asked = time.perf_counter()
         batch = next(batches, None)
         progress.waiting += time.perf_counter() - asked
-        images = 0 if batch is None else len(batch.labels)
-        agreed = sync_step(images, should_stop(), checkpointer is not None and checkpointer.is_due())
+        agreed = sync_step(batch, should_stop(), checkpointer is not None and checkpointer.is_due())
         if agreed.saves or agreed.ends:
             losses.read_all()
         progress.seconds = seconds_before + time.perf_counter() - began
@@ -198,12 +225,32 @@ def train_epoch(
             raise Preempted
         if batch is None or agreed.ends:
             break
-        losses.add(step(training, batch), batch, agreed.images)
-        progress.steps += 1
-        progress.images += agreed.images
+        if agreed.skips:
+            progress.skipped += 1
+        else:
+            losses.add(step(training, batch), batch, agreed.images)
+            progress.images += agreed.images
+        progress.steps += 1  # a skipped one too, as the loader counts them
         log.step_ended(training.epoch, training_loader.steps_per_epoch, progress.means(), progress.images_per_second())
+    _check_images(training, progress)
     return {
         **progress.means(),
         "images_per_second": progress.images_per_second(),
         "waiting_for_data": progress.waiting / progress.seconds,
     }
+
+
+def _check_images(training: Training, progress: Progress) -> None:
+    """Logs how many steps of an epoch were left out for their bad images. Raises BadImage where all were."""
+    epoch, data = training.epoch + 1, training.config.data
+    if progress.images == 0:
+        raise BadImage(
+            f"no step of epoch {epoch} has an image to train on: in all {progress.steps} every image of a process's "
+            f"share is bad, and left out. See what is wrong with them: python train/verify.py --dataset {data.dataset} "
+            f"--data {data.data}"
+        )
+    if progress.skipped:
+        _logger.info(
+            f"epoch {epoch}: {progress.skipped} of {progress.steps} steps were left out, as every image of a process's "
+            "share is bad"
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rcl_fast.metrics import CALIBRATION_BINS, confusion_matrix, reliability
+from rcl_fast.train.data.samples import BadImage
 from rcl_fast.train.errors import Preempted
 from rcl_fast.train.loaders.base import Batch, Loader
 from rcl_fast.train.network.models import LongTailedClassifier
@@ -46,6 +47,7 @@ def evaluate(
 
     Raises:
         Preempted: `should_stop` was true on some process.
+        BadImage: no process has had an image.
     """
     model.eval()
     distributed.broadcast_buffers(model)
@@ -64,6 +66,11 @@ def evaluate(
             features_kept.append(features.cpu()[keep])
             labels_kept.append(batch.labels[keep])
     confusion, bins = distributed.all_reduce(confusion).cpu(), distributed.all_reduce(bins).cpu()
+    if not confusion.any():
+        raise BadImage(
+            "there is no image to evaluate on: every one of its set is bad, and left out. train/verify.py says what is "
+            "wrong with them"
+        )
     mine = torch.cat(features_kept[1:] or features_kept), torch.cat(labels_kept)
     if keep_features is None:
         return Evaluation(confusion, bins, *mine)
@@ -99,7 +106,7 @@ def _until_all_are_done(loader: Loader, should_stop: Callable[[], bool]) -> Iter
             raise Preempted
         if not going_on:
             return
-        if batch is not None:
+        if batch is not None and len(batch.labels):  # else each of its images is bad
             yield batch
 
 

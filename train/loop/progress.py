@@ -12,6 +12,7 @@ class Progress:
     """An epoch's progress, which a checkpoint within it holds. All but `seconds` and `waiting` is of all processes."""
 
     steps: int = 0
+    skipped: int = 0  # of these steps; an earlier checkpoint lacks it, and its trainer did not count them as steps
     images: int = 0
     seconds: float = 0.0
     waiting: float = 0.0  # how many of these seconds were spent in the loader

@@ -12,8 +12,6 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
 from rcl_fast.train.data.datasets import Splits
-from rcl_fast.train.errors import UserError
-from rcl_fast.train.loaders.base import Loader, read_loader_state
 from rcl_fast.train.loop.progress import Progress
 from rcl_fast.train.network import ddp
 from rcl_fast.train.network.models import LongTailedClassifier, build_network
@@ -50,7 +48,7 @@ class Training:
         """Returns what a checkpoint holds. It is a collective, as it gathers the random state of each process."""
         objective = self.objective.state_dict()
         return {
-            "of": _origin(self.config, len(self.class_counts)),
+            "of": origin(self.config, len(self.class_counts)),
             "class_counts": self.class_counts,
             "model": self.model.state_dict(),
             "compression": objective.pop("contrastive.compression", None),  # its place in earlier versions' files too
@@ -79,7 +77,7 @@ class Training:
         return is_best
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads a checkpoint that `resume_training` has checked, with as many processes as wrote it."""
+        """Loads a checkpoint that `resuming` has checked, with as many processes as wrote it."""
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
         if self.objective.contrastive is not None:
@@ -122,58 +120,7 @@ def _seed_of_process(seed: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
 
 
-def resume_training(training: Training, training_loader: Loader, state: dict[str, Any]) -> None:
-    """Loads a checkpoint into `training`, after checks.
-
-    Raises:
-        UserError: the checkpoint is of another network or data set.
-        StateMismatch: the loader gives other batches than the checkpoint's.
-    """
-    if "of" not in state:
-        raise UserError("the checkpoint is of an earlier version of the trainer, which did not train like this one")
-    check_origin(state["of"], training.config, len(training.class_counts))
-    check_class_counts(state["class_counts"], training.class_counts)
-    check_shapes(state["model"], training.model)
-    read_loader_state(training_loader, state["loader"])
-    training.load_state_dict(state)
-
-
-def check_origin(origin: dict[str, Any], config: Config, num_classes: int) -> None:
-    """Raises UserError where a checkpoint's record of its origin is not of this run."""
-    differing = [
-        f"{name} {origin.get(name)!r}, not {value!r}"
-        for name, value in _origin(config, num_classes).items()
-        if origin.get(name) != value
-    ]
-    if differing:
-        raise UserError(
-            f"the checkpoint is of another run: {'; '.join(differing)}. Its folder's config.json was changed, or "
-            "the checkpoint was copied there from elsewhere; nothing was written"
-        )
-
-
-def check_class_counts(saved: Tensor, class_counts: Tensor) -> None:
-    """Raises UserError where a checkpoint's class counts [C] are not those of the data set as it is now."""
-    if not torch.equal(saved, class_counts):
-        raise UserError(
-            f"the checkpoint's training set ({_describe_counts(saved)}) is not this run's "
-            f"({_describe_counts(class_counts)}): the data set has changed on disk"
-        )
-
-
-def check_shapes(weights: dict[str, Tensor], model: nn.Module) -> None:
-    """Raises UserError where a checkpoint's weights are not those of this network."""
-    here = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    there = {name: tensor.shape for name, tensor in weights.items()}
-    if here != there:
-        name = sorted(name for name in here | there if here.get(name) != there.get(name))[0]
-        raise UserError(
-            f"the checkpoint does not fit this network: {name} is {_shape(there, name)} there, {_shape(here, name)} "
-            "here; another version of torchvision or timm may build another network of this name"
-        )
-
-
-def _origin(config: Config, num_classes: int) -> dict[str, Any]:
+def origin(config: Config, num_classes: int) -> dict[str, Any]:
     """Returns the record of its origin that a checkpoint holds, by the names of the options."""
     return {
         "dataset": config.data.dataset,
@@ -182,11 +129,3 @@ def _origin(config: Config, num_classes: int) -> dict[str, Any]:
         "loss": config.loss.loss,
         "number of classes": num_classes,
     }
-
-
-def _shape(shapes: dict[str, torch.Size], name: str) -> str:
-    return str(list(shapes[name])) if name in shapes else "missing"
-
-
-def _describe_counts(class_counts: Tensor) -> str:
-    return f"{int(class_counts.sum()):,} images of {len(class_counts)} classes"

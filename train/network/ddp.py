@@ -19,23 +19,28 @@ from rcl_fast.train.runtime.hardware import Runtime
 _HOOKS = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
 
 
+def check(config: Config, runtime: Runtime) -> None:
+    """Raises UserError for --sync-batchnorm on a CPU; an earlier version let one process begin with it."""
+    begins = config.run.resume is None or distributed.world_size() > 1
+    if config.model.sync_batchnorm and runtime.device.type != "cuda" and begins:
+        raise UserError("--sync-batchnorm needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU")
+
+
 def wrap(model: LongTailedClassifier, config: Config, runtime: Runtime) -> nn.Module:
     """Returns what training calls in place of `model`, which is on the runtime's device; both share their parameters.
 
-    Raises UserError for --sync-batchnorm on CPUs.
+    The configuration is one that `check` allows.
     """
     alone = distributed.world_size() == 1
     if config.model.sync_batchnorm and not alone:
-        _synchronise_batchnorm(model, runtime)
+        _synchronise_batchnorm(model)
     never_used = not alone and _has_unused_parameters(model, config, runtime)
     if config.run.compile:
         model.backbone.compile()  # inside DistributedDataParallel, Dynamo cuts its graph at the buckets
     return model if alone else _distributed(model, config, runtime, never_used)
 
 
-def _synchronise_batchnorm(model: LongTailedClassifier, runtime: Runtime) -> None:
-    if runtime.device.type != "cuda":
-        raise UserError("--sync-batchnorm needs GPUs: PyTorch's SyncBatchNorm does not run on a CPU")
+def _synchronise_batchnorm(model: LongTailedClassifier) -> None:
     model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     if model.projection_head is not None:
         model.projection_head = nn.SyncBatchNorm.convert_sync_batchnorm(model.projection_head)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcl_fast.heads import CosineClassifier, ProjectionHead, PrototypeHead
-from rcl_fast.train.errors import UserError
+from rcl_fast.train.checks import check_arch
 from rcl_fast.train.options import Config, ModelOptions, has_prototypes
 
 
@@ -69,24 +69,20 @@ def build_classifier(options: ModelOptions, width: int, num_classes: int) -> nn.
 
 def build_backbone(arch: str) -> tuple[nn.Module, int]:
     """Returns a backbone with new weights, images [N, 3, S, S] -> features [N, d], and d. Raises UserError."""
+    check_arch(arch)
     if arch == "resnet32":
         return ResNet32(), 64
-    if arch in ("resnet50", "resnext50"):
-        make = {"resnet50": torchvision.models.resnet50, "resnext50": torchvision.models.resnext50_32x4d}[arch]
-        network = make(weights=None)
-        network.fc = nn.Identity()
-        return network, 2048
     if arch.startswith("timm/"):
         return _timm_backbone(arch.removeprefix("timm/"))
-    raise UserError(f"--arch {arch}: unknown; choose resnet32, resnet50, resnext50 or timm/NAME")
+    make = {"resnet50": torchvision.models.resnet50, "resnext50": torchvision.models.resnext50_32x4d}[arch]
+    network = make(weights=None)
+    network.fc = nn.Identity()
+    return network, 2048
 
 
 def _timm_backbone(name: str) -> tuple[nn.Module, int]:
     import timm  # slow to import, and only these architectures need it
 
-    if name not in timm.list_models():
-        similar = timm.list_models(f"*{name}*")[:5] or timm.list_models(f"{name[:6]}*")[:5]
-        raise UserError(f"--arch timm/{name}: timm {timm.__version__} has no such model; similar: {', '.join(similar)}")
     network: Any = timm.create_model(name, pretrained=False, num_classes=0)
     # Some families have a hidden layer after the pooling; the output then has its width.
     return network, getattr(network, "head_hidden_size", None) or network.num_features

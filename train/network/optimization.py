@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
@@ -30,6 +31,42 @@ def restore(optimizer: SGD, state: dict[str, Any]) -> None:
     for group in optimizer.param_groups:
         group["fused"] = fused
     _lay_out_momentum(optimizer)
+
+
+def misfit(optimizer: SGD, state: dict[str, Any]) -> str | None:
+    """Returns what is wrong with a saved state for this optimiser's parameters and settings; None where it fits."""
+    here = optimizer.state_dict()
+    groups = [{name: group[name] for name in _SETTINGS} for group in here["param_groups"]]
+    saved = [
+        {name: group.get(name) for name in _SETTINGS} for group in state["param_groups"] if isinstance(group, dict)
+    ]
+    if saved != groups:
+        return "is of other parameters or settings"
+    rates = [group.get("lr") for group in state["param_groups"]]
+    if not all(isinstance(rate, int | float) and math.isfinite(rate) for rate in rates):
+        return "has no learning rate"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        of_one = state["state"].get(number)
+        momentum = of_one.get("momentum_buffer") if isinstance(of_one, dict) else None
+        if not isinstance(momentum, Tensor) or momentum.shape != parameter.shape:
+            there = list(momentum.shape) if isinstance(momentum, Tensor) else "missing"
+            return f"has momentum {there} for parameter {number}, which is {list(parameter.shape)}"
+        if not momentum.isfinite().all():
+            return f"has momentum that is not finite, for parameter {number}"
+    return None
+
+
+_SETTINGS = ("params", "momentum", "weight_decay", "dampening", "nesterov", "maximize")  # what a run does not change
+
+
+def kind(schedule: dict[str, Any]) -> Any:
+    """Returns which schedule a saved state is of: what sets it apart from the others that `build_schedule` makes."""
+    parts = schedule.get("_schedulers")
+    return [kind(part) for part in parts] if isinstance(parts, list) else schedule.keys() & _NAMES
+
+
+_NAMES = {"T_max", "milestones", "end_factor"}  # of a cosine, of steps, of the warm-up
 
 
 def _lay_out_momentum(optimizer: SGD) -> None:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import os
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from rcl_fast.train.errors import NotFound, NotWritten, UserError
-from rcl_fast.train.rundir.checkpoint_files import BEST, LAST, MID_EPOCH, PREVIOUS
+from rcl_fast.train.rundir.checkpoint_files import BEST, LAST, MID_EPOCH, PREVIOUS, damage
 
 _UNFINISHED = ".unfinished"
 _DAMAGED = ".damaged"
+
+_NONE = type(None)
+_LOADER = {"loader": dict, "loader.epoch": int, "loader.step": int, "loader.identity": dict}
+# The parts of a run's checkpoint and the type of each; a checkpoint of the first trainers does not say what it is of.
+_PARTS_AT_FIRST: dict[str, type | tuple[type, ...]] = {"model": dict, **_LOADER}
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    **_PARTS_AT_FIRST,
+    **dict.fromkeys(("of", "objective", "optimizer", "optimizer.state", "schedule", "scaler"), dict),
+    **dict.fromkeys(("optimizer.param_groups", "history", "notes", "random_states"), list),
+    **dict.fromkeys(("epoch", "best_epoch"), int),
+    **dict.fromkeys(("compression", "class_accuracy"), (Tensor, _NONE)),
+    "class_counts": Tensor,
+    "best_accuracy": (float, int),
+    "progress": (dict, _NONE),
+}
 
 
 class Damaged(Exception):
@@ -56,7 +72,9 @@ def save(path: Path, state: dict[str, Any], previous: Path | None = None) -> Non
 def _write(state: dict[str, Any], file: Any) -> None:
     try:
         torch.save(state, file)
-    except RuntimeError as error:  # torch raises it where a write fails
+    except RuntimeError as error:  # torch raises it where a write fails, and where Ctrl-C comes in one
+        if isinstance(error.__context__, OSError | KeyboardInterrupt):
+            raise error.__context__ from None
         raise OSError(f"PyTorch could not write it: {error}") from error
 
 
@@ -87,21 +105,33 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; raises UserError with what is wrong with the file."""
+    """Reads a checkpoint, of a run or a second stage, onto the CPU; raises UserError with what is wrong with the file.
+
+    That of a run, which says what it is of, has all its parts.
+    """
     try:
-        return _read(path)
+        state = _read(path)
+        if isinstance(state, dict) and "of" in state:
+            _check_parts(state)
     except Damaged as error:
         raise UserError(f"{path} can't be read as a checkpoint ({error}); is it damaged?") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path} is no checkpoint of a run: it has no weights of a model")
+    return state
 
 
-def newest(folder: Path) -> Found:
-    """Returns the newest intact checkpoint. Raises NotFound without any, UserError where all are damaged."""
-    return _newest(folder, (MID_EPOCH, LAST, PREVIOUS))
+def newest(folder: Path, unfit: Mapping[Path, str] = MappingProxyType({})) -> Found:
+    """Returns the newest intact checkpoint. Raises NotFound without any, UserError where none can be used.
+
+    Args:
+        unfit: checkpoints that can't be used though they are intact, and why; they count as damaged.
+    """
+    return _newest(folder, (MID_EPOCH, LAST, PREVIOUS), unfit)
 
 
 def last_epoch(folder: Path) -> Found:
     """Returns the newest intact checkpoint of a whole epoch. Raises as `newest`."""
-    return _newest(folder, (LAST, PREVIOUS))
+    return _newest(folder, (LAST, PREVIOUS), {})
 
 
 def set_aside(damaged: dict[Path, str]) -> None:
@@ -123,19 +153,25 @@ def clear_unfinished(folder: Path) -> None:
         path.unlink()
 
 
-def _newest(folder: Path, names: tuple[str, ...]) -> Found:
+def _newest(folder: Path, names: tuple[str, ...], unfit: Mapping[Path, str]) -> Found:
     intact: dict[Path, dict[str, Any]] = {}
-    damaged: dict[Path, str] = {}
+    damaged = dict(unfit)
     for path in (folder / name for name in names):
         if not path.exists() or (path.name == PREVIOUS and folder / LAST in intact):  # always older than LAST
             continue
-        try:
-            intact[path] = _read(path)
-        except Damaged as error:
-            damaged[path] = str(error)
+        if path not in damaged:
+            try:
+                intact[path] = _read(path)
+                _check_parts(intact[path])
+            except Damaged as error:
+                intact.pop(path, None)
+                damaged[path] = str(error)
     if damaged and not intact:
         each = "; ".join(f"{path.name}: {error}" for path, error in damaged.items())
-        raise UserError(f"none of the checkpoints in {folder} can be read: {each}")
+        raise UserError(
+            f"none of the checkpoints in {folder} can be used: {each}. Put a copy of one there, or start anew; nothing "
+            "was written"
+        )
     if not intact:
         raise NotFound(f"no checkpoint {folder / LAST}; a run writes it before its first epoch and after each")
     path = max(intact, key=lambda path: _epoch_and_step(intact[path]))
@@ -146,17 +182,30 @@ def _epoch_and_step(state: dict[str, Any]) -> tuple[int, int]:
     return state["loader"]["epoch"], state["loader"]["step"]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; raises Damaged with what is wrong with the file."""
-    if not path.is_file():
-        raise Damaged("there is no such file")
+def _read(path: Path) -> Any:
+    """Reads a file that `save` wrote onto the CPU; raises Damaged with what is wrong with it."""
+    wrong = damage(path)
+    if wrong is not None:
+        raise Damaged(wrong)
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load would not notice a flipped bit
-            wrong = file.testzip()
-        if wrong is not None:
-            raise Damaged(f"the checksum of {wrong} in it is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Damaged:
-        raise
-    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+    except Exception as error:  # torch raises many kinds for a damaged file
         raise Damaged(str(error).partition("\n")[0] or type(error).__name__) from error
+
+
+def _check_parts(state: Any) -> None:
+    """Raises Damaged where a run's checkpoint lacks one of its parts, or one is of another type."""
+    if not isinstance(state, dict):
+        raise Damaged(f"it holds a {type(state).__name__}, not the state of a run")
+    wrong = []
+    for name, kind in (_PARTS if "of" in state else _PARTS_AT_FIRST).items():
+        *above, key = name.split(".")
+        holder = state.get(above[0]) if above else state
+        if not isinstance(holder, dict):  # which is said of the part above
+            continue
+        if key not in holder:
+            wrong.append(f"it lacks {name}")
+        elif not isinstance(holder[key], kind):
+            wrong.append(f"its {name} is a {type(holder[key]).__name__}")
+    if wrong:
+        raise Damaged(", ".join(wrong))

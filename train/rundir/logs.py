@@ -11,6 +11,7 @@ import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from rcl_fast.train.rundir.result_files import HISTORY
 from rcl_fast.train.runtime.files import write_lines
 
 _logger = logging.getLogger(__name__)
@@ -37,12 +38,18 @@ class SilentLog:
 
 
 class RunLog:
-    """The Log of the main process: the bar, and files in the run's folder; use it as a context manager."""
+    """The Log of the main process: the bar, and files in the run's folder; use it as a context manager.
 
-    def __init__(self, folder: Path, epochs: int, epochs_done: int) -> None:
+    `history` has the rows of the epochs done. A stop may have kept the last from being written, or a damaged checkpoint
+    may have made them fewer. Raises OSError.
+    """
+
+    def __init__(self, folder: Path, epochs: int, history: list[dict[str, Any]]) -> None:
         self._folder = folder
         self._epochs = epochs
-        self._tensorboard = SummaryWriter(str(folder), purge_step=epochs_done + 1)
+        if history or (folder / HISTORY).exists():
+            write_lines(folder / HISTORY, history)
+        self._tensorboard = SummaryWriter(str(folder), purge_step=len(history) + 1)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -88,7 +95,7 @@ class RunLog:
             + (f" ({row['waiting_for_data']:.0%} of the time in the loader)" if row["waiting_for_data"] > 0.1 else "")
             + ("  best" if is_best else "")
         )
-        write_lines(self._folder / "metrics.jsonl", history)
+        write_lines(self._folder / HISTORY, history)
         for name, value in row.items():
             if name != "epoch" and value is not None:
                 self._tensorboard.add_scalar(name, value, row["epoch"])

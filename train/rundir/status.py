@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from rcl_fast.train.runtime import distributed
+from rcl_fast.train.rundir import writer
 from rcl_fast.train.runtime.files import write_text
 
 FILE = "status.json"
@@ -24,18 +24,24 @@ _NEXT = {
 
 
 def write(folder: Path, status: Status) -> None:
-    """Writes the status, on the main process alone. Raises OSError."""
-    if distributed.is_main():
-        content = {"status": status, "next": _NEXT[status].format(folder=folder)}
-        write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+    """Writes the status; of several processes the main one alone is to call it. Raises OSError."""
+    content = {"status": status, "next": _NEXT[status].format(folder=folder)}
+    write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def read(folder: Path) -> str | None:
-    """Returns the status of the run in that folder; None where there is none to read."""
+    """Returns the status that the run in that folder wrote; None where there is none to read."""
     try:
-        return json.loads((folder / FILE).read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError):
+        status = json.loads((folder / FILE).read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
+    return status if isinstance(status, str) else None
+
+
+def now(folder: Path) -> str | None:
+    """Returns the status, but "killed" for a run that wrote "running" and whose folder no process writes to."""
+    written = read(folder)
+    return "killed" if written == "running" and writer.is_free(folder) else written
 
 
 def write_if_possible(folder: Path, status: Status) -> None:

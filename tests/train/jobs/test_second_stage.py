@@ -121,6 +121,15 @@ def test_what_can_not_be_is_said(finished: Path, tmp_path: Path, monkeypatch: py
 
     assert "no config.json" in refused("--method", "crt", folder=tmp_path)
     assert "--tau is for --method tau_norm" in refused("--method", "crt", "--tau", "0.5")
+    assert "--tau-steps is for --method tau_norm" in refused("--method", "lws", "--tau-steps", "5")
+    of_training = ("--epochs", "3", "--lr", "0.1", "--seed", "1")
+    assert "--epochs, --lr, --seed are for --method crt or lws" in refused("--method", "tau_norm", *of_training)
+    assert "--tau gives the one" in refused("--method", "tau_norm", "--tau", "1", "--tau-steps", "3")
+    for wrong, said in (("--lr nan", "a finite number"), ("--workers -3", "at least 0"), ("--momentum 1.5", "below 1")):
+        assert f"must be {said}" in refused("--method", "crt", *wrong.split())
+    assert "--device must be auto, cpu" in refused("--method", "crt", "--device", "gpu")
+    inside = ("--data", str(tmp_path), "--output", str(tmp_path / "out"))
+    assert "lies in the data" in refused("--method", "crt", *inside)
     changed = tmp_path / "cosine"
     shutil.copytree(finished, changed)
     settings = json.loads((changed / "config.json").read_text())

@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from rcl_fast.train import verify
 from rcl_fast.train.config import parse
 from rcl_fast.train.data.datasets import Splits
 from rcl_fast.train.errors import NonFiniteLoss, NotWritten, Preempted, UserError
-from rcl_fast.train.jobs import train
+from rcl_fast.train.jobs import run_folder, second_stage, train
 from rcl_fast.train.loaders import build
 from rcl_fast.train.loaders.base import Batch, fingerprint
 from rcl_fast.train.loop import engine
@@ -27,7 +30,8 @@ from rcl_fast.train.loop.step import train_step
 from rcl_fast.train.loop.training import Training, start_training
 from rcl_fast.train.network.optimization import build_optimizer
 from rcl_fast.train.options import Config
-from rcl_fast.train.rundir import checkpoints
+from rcl_fast.train.rundir import checkpoints, writer
+from rcl_fast.train.rundir.status import write as write_status
 
 METRICS = {
     "balanced_accuracy",
@@ -52,7 +56,9 @@ METRICS = {
 
 
 def configure(output: Path, *arguments: str) -> Config:
-    return parse(["--workers", "0", "--batch-size", "100", "--output", str(output), *arguments])
+    defaults = {"--workers": "0", "--batch-size": "100", "--epochs": "1", "--output": str(output)}
+    others = [part for name, value in defaults.items() if name not in arguments for part in (name, value)]
+    return parse([*others, *arguments])
 
 
 def metrics(folder: Path) -> dict:
@@ -124,16 +130,15 @@ def interrupt_in_epoch(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epoch", [0, 3])  # with no epoch done; after compression has begun
 def test_ctrl_c_leaves_a_report_and_a_checkpoint_that_goes_on_as_if_nothing_happened(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt_in_epoch(epoch, patch)
+        interrupt_in_epoch(3, patch)  # after compression has begun
         train.run(configure(folder, "--epochs", "4"))
     assert metrics(folder)["interrupted"]
-    assert metrics(folder)["last_epoch"] == epoch
+    assert metrics(folder)["last_epoch"] == 3
     assert (folder / "report.html").exists()
 
     train.run(parse(["--resume", str(folder)]))
@@ -141,6 +146,22 @@ def test_ctrl_c_leaves_a_report_and_a_checkpoint_that_goes_on_as_if_nothing_happ
     assert_same_weights(finished, folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("without_reports")
+def test_ctrl_c_in_the_first_epoch_reports_nothing_and_the_epoch_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_in_epoch(0, patch)
+        with pytest.raises(UserError, match=r"in the first epoch, .*nothing to report yet: --resume .*/run goes on"):
+            train.run(configure(folder))
+    assert status(folder) == "interrupted"
+    assert {path.name for path in folder.glob("*.pt")} == {checkpoints.LAST}
+    assert not (folder / "metrics.json").exists()
+    train.run(parse(["--resume", str(folder)]))
+    assert metrics(folder)["last_epoch"] == 1
 
 
 def status(folder: Path) -> str:
@@ -189,18 +210,85 @@ def history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def reshape(path: Path) -> None:
+    state = checkpoints.load(path)
+    state["optimizer"]["state"][0]["momentum_buffer"] = torch.ones(1)  # which a copy would broadcast
+    checkpoints.save(path, state)
+
+
 @pytest.mark.usefixtures("without_reports")
+@pytest.mark.parametrize(("harm", "said"), [(cut_short, "not a zip file"), (reshape, "momentum [1] for parameter 0")])
 def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], None], said: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    harm(folder / checkpoints.LAST)
+    train.run(parse(["--resume", str(folder)]))
+    printed = capsys.readouterr().out
+    assert "last.pt is damaged" in printed
+    assert said in printed
+    assert "going on from the one before, previous.pt" in printed
+    assert (folder / "last.pt.damaged").is_file()
+    assert_same_weights(finished, folder)
+
+
+@pytest.mark.usefixtures("without_reports")
+def test_a_best_epoch_that_is_lost_is_said_before_training_and_at_the_end(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    (folder / checkpoints.LAST).write_bytes((folder / checkpoints.LAST).read_bytes()[:5000])
+    state = checkpoints.load(folder / checkpoints.LAST)
+    checkpoints.save(folder / checkpoints.LAST, {**state, "best_epoch": 1})
+    other = {**checkpoints.load(folder / checkpoints.BEST), "epoch": 3}
+    checkpoints.save(folder / checkpoints.BEST, other)
+    with pytest.raises(
+        UserError, match=r"(?s)best epoch, 1, are lost: .*best\.pt has the weights of epoch 3.*--resume"
+    ):
+        train.run(parse(["--resume", str(folder)]))
+    assert "the weights of the best epoch so far, 1, are lost" in capsys.readouterr().out
+    checkpoints.save(folder / checkpoints.BEST, {**other, "epoch": 1})
+    (folder / "metrics.jsonl").unlink()
     train.run(parse(["--resume", str(folder)]))
-    said = capsys.readouterr().out
-    assert "last.pt is damaged" in said
-    assert "going on from the one before, previous.pt" in said
-    assert_same_weights(finished, folder)
+    assert [row["epoch"] for row in history(folder)] == [1, 2, 3, 4]  # what a stop kept from being written
+
+
+@pytest.mark.usefixtures("without_reports")
+def test_a_run_that_diverged_is_warned_of(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    write_status(folder, "diverged")
+    train.run(parse(["--resume", str(folder)]))
+    assert "likely to do so again. Only --precision may change" in capsys.readouterr().out
+
+
+HOLD = (
+    "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+)
+
+
+@pytest.mark.parametrize("option", ["--resume", "--output"])
+def test_a_folder_that_another_process_writes_to_is_left_as_it_is(finished: Path, tmp_path: Path, option: str) -> None:
+    folder = tmp_path / "run"
+    if option == "--resume":
+        shutil.copytree(finished, folder)
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLD, str(folder / writer.LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        with pytest.raises(UserError, match=r"another process is writing to .*nothing was written"):
+            train.run(parse(["--resume", str(folder)]) if option == "--resume" else configure(folder))
+        with pytest.raises(UserError, match="another process is writing to"), second_stage._claimed(folder):
+            pass
+        assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+        other.communicate()
 
 
 @pytest.mark.parametrize(
@@ -246,21 +334,25 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
+    config = configure(tmp_path / "file" / "run")
+    (tmp_path / "file").touch()  # after the options were checked
     with pytest.raises(UserError, match=r"can't be written .*choose another folder with --output"):
-        train.run(configure(tmp_path / "file" / "run"))
+        train.run(config)
 
 
-def test_another_run_is_never_written_over(finished: Path) -> None:
+def test_another_run_is_never_written_over(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already holds a run: go on with --resume"):
         train.run(configure(finished))
+    shutil.copy(finished / checkpoints.BEST, tmp_path)  # as a second stage leaves it
+    with pytest.raises(UserError, match=r"already holds a network, best\.pt: name another folder"):
+        train.run(configure(tmp_path))
 
 
 def test_resuming_after_the_data_changed_on_disk_is_refused(tmp_path: Path) -> None:
-    write_image_lists(tmp_path)
-    folder = train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path)))
+    write_image_lists(tmp_path / "data")
+    folder = train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path / "data")))
     before = (folder / checkpoints.LAST).read_bytes()
-    train_list = tmp_path / "ImageNet_LT_train.txt"
+    train_list = tmp_path / "data" / "ImageNet_LT_train.txt"
     train_list.write_text("".join(train_list.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(UserError, match=r"12 images of 3 classes\) is not this run's \(11 images"):
         train.run(parse(["--resume", str(folder)]))
@@ -285,48 +377,53 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("without_tsne")
-@pytest.mark.parametrize("interrupted", [checkpoints.LAST, checkpoints.BEST])
+@pytest.mark.parametrize(("interrupted", "done"), [(checkpoints.LAST, 1), (checkpoints.BEST, 2)])
 def test_ctrl_c_while_a_checkpoint_is_written_reports_what_is_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str, done: int
 ) -> None:
-    save = checkpoints.save
+    """Of the second epoch, which is the best one here."""
+    save, end_epoch = checkpoints.save, Training.end_epoch
 
     def interrupting(path: Path, state: dict, *previous: Path | None) -> None:
-        if path.name == interrupted and state["epoch"] == 1:
+        if path.name == interrupted and state["epoch"] == 2:
             raise KeyboardInterrupt
         save(path, state, *previous)
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save", interrupting)
-        train.run(configure(folder, "--epochs", "2"))
-    on_disk = checkpoints.load(folder / checkpoints.LAST)["epoch"]
-    assert metrics(folder)["last_epoch"] == on_disk == (0 if interrupted == checkpoints.LAST else 1)
+        patch.setattr(
+            Training, "end_epoch", lambda self, row: end_epoch(self, {**row, "balanced_accuracy": self.epoch})
+        )
+        train.run(configure(folder, "--epochs", "3"))
+    assert metrics(folder)["last_epoch"] == checkpoints.load(folder / checkpoints.LAST)["epoch"] == done
     train.run(parse(["--resume", str(folder)]))
     assert checkpoints.load(folder / checkpoints.BEST)["epoch"] == metrics(folder)["best_epoch"]
 
 
 def test_a_bad_test_image_loses_no_training(tmp_path: Path) -> None:
-    write_image_lists(tmp_path)
-    (tmp_path / "ImageNet_LT_test.txt").write_text("missing.png 0\n")
+    write_image_lists(tmp_path / "data")
+    (tmp_path / "data" / "ImageNet_LT_test.txt").write_text("missing.png 0\n")
     with pytest.raises(UserError, match=r"(?s)missing\.png .*Training is done: mend this, then --resume"):
-        train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path)))
-    (tmp_path / "ImageNet_LT_test.txt").write_text("images/n000 é/0.png 0\n")
+        train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path / "data")))
+    (tmp_path / "data" / "ImageNet_LT_test.txt").write_text("images/n000 é/0.png 0\n")
     train.run(parse(["--resume", str(tmp_path / "run")]))
     assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_images_of_another_size_are_named(tmp_path: Path) -> None:
-    write_image_lists(tmp_path)
+    write_image_lists(tmp_path / "data")
     with pytest.raises(UserError, match=r"line 1\): it has 50x40 pixels, and --evaluation as_is expects 32x32"):
-        train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path), "--evaluation", "as_is"))
+        train.run(
+            configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path / "data"), "--evaluation", "as_is")
+        )
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.time, "strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr(run_folder.time, "strftime", lambda _: "20260101-000000")
     config = parse([])
-    assert [train._prepare_folder(config, ExitStack()).name for _ in range(2)] == [
+    assert [run_folder.make(config, ExitStack()).name for _ in range(2)] == [
         "digits_lt-bcl_rcl-resnet32-20260101-000000",
         "digits_lt-bcl_rcl-resnet32-20260101-000000-2",
     ]
@@ -397,13 +494,13 @@ def write_image_lists(data: Path) -> None:
         (data / f"ImageNet_LT_{part}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-IMAGENET = ("--dataset", "imagenet_lt", "--arch", "timm/resnet10t", "--epochs", "1", "--batch-size", "4")
+IMAGENET = ("--dataset", "imagenet_lt", "--arch", "timm/resnet10t", "--batch-size", "4")
 SMALL = ("--image-size", "32", "--resize", "36", "--head-hidden", "32", "--head-out", "16")
 
 
 def test_imagenet_lists_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_image_lists(tmp_path)
-    folder = train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path)))
+    write_image_lists(tmp_path / "data")
+    folder = train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path / "data")))
     assert metrics(folder)["selected_on"] == "validation (the data set's own)"
     said = capsys.readouterr().out
     assert "115,846" in said  # the published size, which these lists do not have
@@ -412,28 +509,39 @@ def test_imagenet_lists_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_a_missing_image_is_named_with_its_line(tmp_path: Path, loader: str) -> None:
-    write_image_lists(tmp_path)
-    (tmp_path / "images/n001 é/2.png").unlink()
-    with pytest.raises(UserError, match=r"n001 é/2\.png \(ImageNet_LT_train\.txt, line 9\): there is no such file"):
-        train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path), "--loader", loader))
+    write_image_lists(tmp_path / "data")
+    (tmp_path / "data" / "images/n001 é/2.png").unlink()
+    with pytest.raises(
+        UserError, match=r"n001 é/2\.png \(ImageNet_LT_train\.txt, line 9\): there is no such file"
+    ) as error:
+        train.run(configure(tmp_path / "run", *IMAGENET, *SMALL, "--data", str(tmp_path / "data"), "--loader", loader))
+    _, names_all, mend, saved = str(error.value).splitlines()
+    assert (
+        names_all == f"All bad ones are named by: python train/verify.py --dataset imagenet_lt --data {tmp_path}/data"
+    )
+    assert mend == (
+        f"Mend them, then go on with --resume {tmp_path}/run; or start anew with --on-bad-image skip, which leaves "
+        "them out"
+    )
+    assert saved.startswith("No epoch is done, so nothing trained is saved yet: ")
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_bad_images_are_left_out_when_asked(tmp_path: Path, loader: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Those that the manifest knows before the run, and one that went bad after it was written."""
-    write_image_lists(tmp_path)
-    (tmp_path / "images/n000 é/3.png").write_bytes(b"")
-    arguments = (*IMAGENET, *SMALL, "--data", str(tmp_path), "--loader", loader)
+    write_image_lists(tmp_path / "data")
+    (tmp_path / "data" / "images/n000 é/3.png").write_bytes(b"")
+    arguments = (*IMAGENET, *SMALL, "--data", str(tmp_path / "data"), "--loader", loader)
     with pytest.raises(UserError, match=r"(?s)no manifest .*python train/verify\.py --dataset imagenet_lt"):
         train.run(configure(tmp_path / "run", *arguments, "--on-bad-image", "skip"))
-    assert verify.main(["--dataset", "imagenet_lt", "--data", str(tmp_path), "--workers", "1"]) == 1
-    with pytest.raises(UserError, match=r"(?s)1 of 12 images are bad.*--on-bad-image skip"):
+    assert verify.main(["--dataset", "imagenet_lt", "--data", str(tmp_path / "data"), "--workers", "1"]) == 1
+    with pytest.raises(UserError, match=r"(?s)3 of 36 images are bad.*--on-bad-image skip"):
         train.run(configure(tmp_path / "run", *arguments))
-    (tmp_path / "images/n001 é/2.png").write_bytes(b"damaged since")
+    (tmp_path / "data" / "images/n001 é/2.png").write_bytes(b"damaged since")
     capsys.readouterr()
     folder = train.run(configure(tmp_path / "run", *arguments, "--on-bad-image", "skip", "--epochs", "2"))
     said = capsys.readouterr().out
-    assert said.count("1 bad images left out") == 3  # train, validation, test
+    assert said.count("1 bad image left out") == 3  # train, validation, test
     assert said.count("left out: cannot read the image") == 3
     assert "n001 é/2.png (ImageNet_LT_train.txt, line 9)" in said
     assert metrics(folder)["last_epoch"] == 2

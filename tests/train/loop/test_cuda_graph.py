@@ -324,6 +324,7 @@ def changing(training: Training) -> list[torch.Tensor]:
     ("arguments", "said"),
     [
         (["--loader", "device"], "needs a GPU, and the device is cpu"),
+        (["--data", "nowhere"], "needs a GPU, and the device is cpu"),  # before any data is read
         (["--loader", "torchvision"], "needs --loader device, and this is torchvision"),
         (["--loader", "device", "--accumulate", "2"], "leave out --accumulate"),
         (["--loader", "device", "--precision", "fp16"], "take --precision fp32 or bf16"),

@@ -1,6 +1,7 @@
 """Checkpoints: atomic, in generations, checked, never executed, and clear about damage."""
 
 import errno
+import io
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +15,9 @@ from rcl_fast.train.rundir.checkpoints import BEST, LAST, MID_EPOCH, PREVIOUS
 
 
 def state(epoch: int, step: int = 0) -> dict[str, Any]:
-    return {"epoch": epoch, "loader": {"epoch": epoch, "step": step}, "weights": torch.arange(1000)}
+    """Of a first trainer, which did not say what a checkpoint is of: it has the fewest parts."""
+    loader = {"epoch": epoch, "step": step, "identity": {}}
+    return {"epoch": epoch, "loader": loader, "model": {"weight": torch.arange(1000)}}
 
 
 def save(folder: Path, name: str, epoch: int, step: int = 0) -> None:
@@ -38,7 +41,7 @@ def full_disk(_: dict[str, Any], file: BinaryIO) -> None:
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    saved = {"weights": torch.randn(3), "rows": [{"loss": 1.5, "few": None}], "name": "resnet32"}
+    saved = {"model": {}, "weights": torch.randn(3), "rows": [{"loss": 1.5, "few": None}], "name": "resnet32"}
     checkpoints.save(tmp_path / LAST, saved)
     loaded = checkpoints.load(tmp_path / LAST)
     assert torch.equal(loaded.pop("weights"), saved.pop("weights"))
@@ -61,6 +64,18 @@ def test_what_torch_makes_of_a_full_disk_is_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"can't be written .*No checkpoint was written yet"):
         save(tmp_path, LAST, 1)
     assert not list(tmp_path.iterdir())
+
+
+class Interrupted(io.BytesIO):
+    def write(self, _: Any) -> int:
+        if self.tell() > 0:
+            raise KeyboardInterrupt
+        return super().write(b"some")
+
+
+def test_ctrl_c_within_a_write_is_no_full_disk() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints._write({"model": {str(number): torch.ones(9) for number in range(9)}}, Interrupted())
 
 
 def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
@@ -134,5 +149,57 @@ def test_damage_and_absence_are_named(tmp_path: Path) -> None:
         checkpoints.load(tmp_path / BEST)
     save(tmp_path, LAST, 1)
     cut_short(tmp_path / LAST)
-    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read: last\.pt: "):
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be used: last\.pt: "):
         checkpoints.newest(tmp_path)
+
+
+def of_a_run(**changes: Any) -> dict[str, Any]:
+    whole = {
+        **state(2),
+        "of": {},
+        "class_counts": torch.ones(2),
+        "compression": None,
+        "objective": {},
+        "optimizer": {"state": {}, "param_groups": []},
+        "schedule": {},
+        "scaler": {},
+        "progress": None,
+        "best_epoch": 1,
+        "best_accuracy": 0.5,
+        "history": [],
+        "notes": [],
+        "class_accuracy": None,
+        "random_states": [],
+    }
+    return {name: part for name, part in {**whole, **changes}.items() if part is not ...}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1], "it holds a list"),
+        ({}, "it lacks model, it lacks loader"),
+        (of_a_run(loader=None), "its loader is a NoneType"),
+        (of_a_run(loader={"epoch": 2}), "it lacks loader.step, it lacks loader.identity"),
+        (of_a_run(optimizer=..., history={}), "it lacks optimizer, its history is a dict"),
+        (of_a_run(optimizer={"state": []}), "its optimizer.state is a list, it lacks optimizer.param_groups"),
+    ],
+)
+def test_what_is_no_checkpoint_of_a_run_gives_way_to_the_one_before(tmp_path: Path, content: Any, said: str) -> None:
+    checkpoints.save(tmp_path / PREVIOUS, of_a_run())
+    torch.save(content, tmp_path / LAST)
+    found = checkpoints.newest(tmp_path)
+    assert found.path.name == PREVIOUS
+    assert said in found.damaged[tmp_path / LAST]
+    with pytest.raises(UserError, match=r"last\.pt (can't be read as|is no) a? ?checkpoint"):
+        checkpoints.load(tmp_path / LAST)
+    (tmp_path / PREVIOUS).unlink()
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be used: last\.pt: .* start anew"):
+        checkpoints.newest(tmp_path)
+
+
+def test_a_checkpoint_that_does_not_fit_counts_as_damaged(tmp_path: Path) -> None:
+    for epoch in (1, 2):
+        save(tmp_path, LAST, epoch)
+    found = checkpoints.newest(tmp_path, {tmp_path / LAST: "of another shape"})
+    assert (found.path.name, found.damaged) == (PREVIOUS, {tmp_path / LAST: "of another shape"})
