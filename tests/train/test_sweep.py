@@ -315,6 +315,7 @@ def test_a_study_of_an_earlier_version_and_a_folder_of_other_things_are_refused(
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_real_sweep_of_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
     assert start(folder, "tau=1", "--", "--epochs", "1", "--workers", "0", "--loss", "logit_adjusted") == 0

@@ -674,6 +674,7 @@ def test_a_folder_that_cannot_be_had_is_said_and_stops_no_other(
 # One real run, of which two tables and a picture are made.
 
 
+@pytest.mark.slow
 def test_a_real_run_gives_a_picture_and_the_next_table_trains_nothing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     given = options(tmp_path, "figure3", dataset="digits_lt", epochs=1, seeds=1, only=("BCL+RCL",), data=None)

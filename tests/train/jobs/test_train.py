@@ -377,7 +377,13 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("without_tsne")
-@pytest.mark.parametrize(("interrupted", "done"), [(checkpoints.LAST, 1), (checkpoints.BEST, 2)])
+@pytest.mark.parametrize(
+    ("interrupted", "done"),
+    [
+        (checkpoints.LAST, 1),
+        pytest.param(checkpoints.BEST, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_ctrl_c_while_a_checkpoint_is_written_reports_what_is_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str, done: int
 ) -> None:

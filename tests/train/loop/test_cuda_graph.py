@@ -76,7 +76,9 @@ def step_by_step_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 @pytest.mark.usefixtures("without_reports")
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", [loss if loss in ("ce", "bcl_rcl") else pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES]
+)
 def test_a_run_of_cuda_graph_steps_is_the_run_step_by_step(
     loss: str, step_by_step_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
