@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rcl_fast.presets import PRESETS
 from rcl_fast.train.arguments import ranges, spellings
-from rcl_fast.train.errors import UserError, refuse
+from rcl_fast.train.errors import UserError, refuse, refuse_each
 from rcl_fast.train.options import Config, ViewOptions, training_kinds
 
 ARCHITECTURES = ("resnet32", "resnet50", "resnext50")
@@ -95,7 +95,7 @@ def _is_randaugment(text: str) -> bool:
 
 def check_arch(arch: str) -> None:
     """Raises UserError, with names that are near, for an architecture that there is not."""
-    refuse(dict.fromkeys(arch_mistakes(arch), True))
+    refuse_each(arch_mistakes(arch))
 
 
 def arch_mistakes(arch: str | None) -> list[str]:

@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 from rcl_fast.train.arguments import parsing, ranges
 from rcl_fast.train.checks import arch_mistakes, check, without_effect
-from rcl_fast.train.errors import NotFound, UserError, refuse
+from rcl_fast.train.errors import NotFound, UserError, refuse_each
 from rcl_fast.train.options import Config, Dataset
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def config_of(arguments: Sequence[str]) -> Config:
     """Returns the configuration of train/run.py's arguments. Raises UserError with a line for each mistake."""
     values, wrong = parsing.read(Config, arguments, _PROG)
     wrong += arch_mistakes(values.get("arch"))
-    refuse(dict.fromkeys(wrong, True))
+    refuse_each(wrong)
     saved = _saved(arguments)
     config = parsing.made(Config, values, saved or _recipe_of(arguments))
     if saved is not None:

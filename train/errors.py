@@ -33,6 +33,10 @@ class Preempted(Exception):
 
 def refuse(problems: dict[str, bool]) -> None:
     """Raises UserError with a line for each message whose condition holds; returns where none does."""
-    found = [message for message, holds in problems.items() if holds]
-    if found:
-        raise UserError("\n".join(found))
+    refuse_each([message for message, holds in problems.items() if holds])
+
+
+def refuse_each(messages: list[str]) -> None:
+    """Raises UserError with a line for each message; returns without one."""
+    if messages:
+        raise UserError("\n".join(messages))

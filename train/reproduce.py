@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     """Returns the parsed command line."""
     return parsing.parse(
         Command,
-        sys.argv[1:] if arguments is None else arguments,
+        arguments,
         prog="train/reproduce.py",
         description=_DESCRIPTION,
         elsewhere={

@@ -35,10 +35,9 @@ holds the whole network. crt and lws select their epoch as the run did, on its v
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and makes the second stage."""
     with command():
-        given = sys.argv[1:] if arguments is None else arguments
         elsewhere = dict.fromkeys(hints(Config), "it is one of train/run.py, and the run's stays as it was")
         options = parse(
-            SecondStageOptions, given, prog="train/second_stage.py", description=_DESCRIPTION, elsewhere=elsewhere
+            SecondStageOptions, arguments, prog="train/second_stage.py", description=_DESCRIPTION, elsewhere=elsewhere
         )
         from rcl_fast.train.jobs.second_stage import second_stage  # loads PyTorch, which --help need not wait for
 

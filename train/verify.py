@@ -27,9 +27,8 @@ The exit status is 0 where every image decodes and none has changed, else 1."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and verifies; returns the exit status."""
     with command():
-        given = sys.argv[1:] if arguments is None else arguments
         elsewhere = dict.fromkeys(hints(Config), "it is one of train/run.py")
-        options = parse(VerifyOptions, given, prog="train/verify.py", description=_DESCRIPTION, elsewhere=elsewhere)
+        options = parse(VerifyOptions, arguments, prog="train/verify.py", description=_DESCRIPTION, elsewhere=elsewhere)
         from rcl_fast.train.jobs.verify import verify  # loads the data sets, which --help need not wait for
 
         return verify(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,14 +13,14 @@ import tyro
 
 from rcl_fast.train.arguments import ranges, spellings
 from rcl_fast.train.arguments.ranges import flag, hints, shown
-from rcl_fast.train.errors import refuse
+from rcl_fast.train.errors import refuse_each
 
 Options = TypeVar("Options")
 
 
 def parse(
     kind: type[Options],
-    arguments: Sequence[str],
+    arguments: Sequence[str] | None,
     *,
     prog: str,
     description: str,
@@ -28,19 +29,21 @@ def parse(
     """Returns the options of a command line.
 
     Args:
+        arguments: None: this process's.
         elsewhere: where to give options that this command does not have, by their names.
 
     Raises:
         UserError: a line for each mistake.
         SystemExit: --help was asked for, and is printed.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     if asks_for_help(arguments):
         show_help(kind, prog=prog, description=description)
     values, wrong = read(kind, arguments, prog, elsewhere)
     wrong += [
         f"{prog} needs {_called(name, hint)}, which must {ranges.phrase(hint)}" for name, hint in _left(kind, values)
     ]
-    refuse(dict.fromkeys(wrong, True))
+    refuse_each(wrong)
     return made(kind, values)
 
 
@@ -136,7 +139,7 @@ def _taken_for_a_value(options: list[Given], known: Mapping[str, Any], choices: 
 def check(kind: type, arguments: Sequence[str], prog: str) -> None:
     """Raises UserError with a line for each mistake in a command line, on which nothing is required."""
     _, wrong = read(kind, arguments, prog)
-    refuse(dict.fromkeys(wrong, True))
+    refuse_each(wrong)
 
 
 def made(kind: Callable[..., Options], values: Mapping[str, Any], default: Any = None) -> Options:

@@ -12,7 +12,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from rcl_fast.train.errors import UserError
+from rcl_fast.train.errors import refuse_each
 from rcl_fast.train.options import Range, Words
 
 LONGEST = 60  # characters of a value that a message shows
@@ -20,9 +20,7 @@ LONGEST = 60  # characters of a value that a message shows
 
 def check(options: Any) -> None:
     """Raises UserError with a line for each option whose value is not of its type or not in its range."""
-    found = violations(options)
-    if found:
-        raise UserError("\n".join(found))
+    refuse_each(violations(options))
 
 
 def violations(options: Any) -> list[str]:

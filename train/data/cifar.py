@@ -16,7 +16,7 @@ from rcl_fast.train.data.folder import image_folder
 from rcl_fast.train.data.long_tail import ImbalanceShape, first_of_each_class, long_tailed_counts
 from rcl_fast.train.data.samples import BadImage, RawDataset, Samples, missing_data, open_image, subset
 from rcl_fast.train.errors import UserError
-from rcl_fast.train.runtime.wording import SHOWN
+from rcl_fast.train.runtime.wording import first_lines
 
 
 @dataclass(frozen=True)
@@ -191,5 +191,5 @@ def _in_memory(samples: Samples) -> Samples:
         else:
             wrong.append(f"{samples.images[index]} is {image.width}x{image.height} pixels, and CIFAR's are 32x32")
     if wrong:
-        raise BadImage("\n".join(wrong[:SHOWN]) + f"\nand {len(wrong) - SHOWN:,} more" * (len(wrong) > SHOWN))
+        raise BadImage("\n".join(first_lines(wrong)))
     return Samples(images, samples.labels)

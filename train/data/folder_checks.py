@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,14 +89,12 @@ def notes(parts: Mapping[str, Part]) -> Iterator[str]:
     }.items():
         if paths:
             yield f"{what}: {some(paths)}"
-    for name, part in parts.items():
+    for part in parts.values():
         missing = [of for of in parts["train"].classes if not part.holding(of)]
         if missing:
             yield f"{part.folder} has no images of: {some(missing)}"
-        for earlier in parts:
-            if earlier == name:
-                break
-            yield from _in_both(parts[earlier], part)
+    for one, other in itertools.combinations(parts.values(), 2):
+        yield from _in_both(one, other)
 
 
 def _in_both(one: Part, other: Part) -> Iterator[str]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rcl_fast.train.data.samples import BadImage, Samples, describe, subset
 from rcl_fast.train.errors import NotFound, UserError
 from rcl_fast.train.runtime.files import write_lines
-from rcl_fast.train.runtime.wording import SHOWN, counted
+from rcl_fast.train.runtime.wording import counted, first_lines
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,20 @@ def default_file(data: Path) -> Path:
     return data / "rcl_fast_manifest.jsonl"
 
 
+def verify_command(dataset: str, data: Path | None, manifest: Path | None = None) -> str:
+    """Returns the command that decodes every image of a data set once, and writes the manifest."""
+    folder = "" if data is None else f" --data {shlex.quote(str(data))}"
+    return f"python train/verify.py --dataset {dataset}{folder}" + (
+        f" --manifest {shlex.quote(str(manifest))}" if manifest is not None else ""
+    )
+
+
 def read_manifest(dataset: str, data: Path, file: Path | None = None) -> Manifest:
     """Returns the manifest of `data`, read from `file` or from its default place.
 
     Raises NotFound with the command that makes it, UserError naming the line that is no entry.
     """
-    made_with = f"python train/verify.py --dataset {dataset} --data {shlex.quote(str(data))}"
-    if file is not None:
-        made_with += f" --manifest {shlex.quote(str(file))}"
+    made_with = verify_command(dataset, data, file)
     file = file or default_file(data)
     if not file.is_file():
         raise NotFound(f"there is no manifest {file}; this makes it:\n  {made_with}")
@@ -127,10 +133,9 @@ def check_readable(parts: Mapping[str, Samples], manifest: Manifest) -> None:
         for line in _described(samples, manifest, _known_bad(samples, manifest))
     ]
     if bad:
-        more = [f"and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
         images = sum(map(len, parts.values()))
         raise BadImage(
-            "\n  ".join([f"{manifest.file}: {len(bad):,} of {images:,} images are bad:", *bad[:SHOWN], *more])
+            "\n  ".join([f"{manifest.file}: {len(bad):,} of {images:,} images are bad:", *first_lines(bad)])
             + f"\nTrain without them: --on-bad-image skip. Or mend them, and verify again:\n  {manifest.made_with}"
         )
 

@@ -16,11 +16,11 @@ from types import FrameType
 from typing import IO, Any, NamedTuple
 
 import rich
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rcl_fast.provenance import describe
 from rcl_fast.train.errors import Preempted, UserError
+from rcl_fast.train.experiments.devices import visible_devices
 from rcl_fast.train.rundir import status
 from rcl_fast.train.rundir.result_files import HISTORY, read_json
 from rcl_fast.train.runtime import distributed
@@ -51,6 +51,11 @@ class Failure(NamedTuple):
     why: str
 
 
+def without_job(label: str, folder: Path, why: str) -> Failure:
+    """Returns the failure of what was to be in a folder, and no process is started for."""
+    return Failure(Job(label, [], folder, epochs=0), why)
+
+
 class Stopped(Preempted):
     """The stop of the queue by a signal; the runs under way have saved themselves."""
 
@@ -74,7 +79,7 @@ def find_slots(devices: Sequence[str] | None, jobs_per_device: int, devices_per_
     """
     if distributed.processes_started() > 1:
         raise UserError("it starts the processes of its runs itself: start it once, without torchrun")
-    names = _devices() if devices is None else list(devices)
+    names = visible_devices() if devices is None else list(devices)
     if not names and devices_per_job == 1:
         threads = max(1, usable_cpus() // jobs_per_device)
         return [{"OMP_NUM_THREADS": str(threads)} if jobs_per_device > 1 else {}] * jobs_per_device
@@ -84,13 +89,6 @@ def find_slots(devices: Sequence[str] | None, jobs_per_device: int, devices_per_
         there = counted(names, "GPU") if names else "no GPUs"
         raise UserError(f"--gpus-per-run {devices_per_job}: there {'is' if len(names) == 1 else 'are'} {there} here")
     return [{"CUDA_VISIBLE_DEVICES": group} for _ in range(jobs_per_device) for group in whole]
-
-
-def _devices() -> list[str]:
-    """Returns the GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES of a child process."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 def run_all(jobs: Iterable[Job | Failure], slots: Sequence[Slot], total: int | None = None) -> list[Failure]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rcl_fast.train.errors import UserError
 from rcl_fast.train.experiments import job_queue, runs
-from rcl_fast.train.experiments.job_queue import Failure, Job
+from rcl_fast.train.experiments.job_queue import Failure, Job, without_job
 from rcl_fast.train.experiments.rows import row_of
 from rcl_fast.train.experiments.runs import Run
 from rcl_fast.train.experiments.setting import Setting
@@ -117,7 +117,7 @@ def unusable(entries: Plan, known: Rows) -> list[Failure]:
     for entry in unique(entries):
         why = None if entry.id in known else why_unusable(entry)
         if why is not None:
-            failures.setdefault(why, Failure(Job(entry.label, [], entry.run.folder, epochs=0), why))
+            failures.setdefault(why, without_job(entry.label, entry.run.folder, why))
     return list(failures.values())
 
 

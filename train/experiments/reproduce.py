@@ -12,7 +12,7 @@ from rcl_fast.train.checks import check_results_folder
 from rcl_fast.train.errors import UserError, refuse
 from rcl_fast.train.experiments import pictures
 from rcl_fast.train.experiments.devices import check_devices
-from rcl_fast.train.experiments.job_queue import Failure, Job
+from rcl_fast.train.experiments.job_queue import Failure, without_job
 from rcl_fast.train.experiments.plan import (
     Plan,
     Rows,
@@ -110,5 +110,5 @@ def _not_run(entries: Plan, known: Rows, options: ReproduceOptions) -> list[Fail
     """Returns one failure for all runs that are missing, where --no-run trains none."""
     wanted, runs, stages = list(unique(entries)), missing_runs(entries, known), missing_stages(entries, known)
     missing = [entry for entry in wanted if entry in stages or (entry.id not in known and entry.run in runs)]
-    all_of_them = Job(f"{len(missing)} of {len(wanted)} runs", [], options.folder, epochs=0)
-    return [Failure(all_of_them, "not finished, and --no-run starts none")] if missing else []
+    what = f"{len(missing)} of {len(wanted)} runs"
+    return [without_job(what, options.folder, "not finished, and --no-run starts none")] if missing else []

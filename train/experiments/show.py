@@ -11,7 +11,7 @@ from typing import Any
 
 from rcl_fast.train.errors import NotWritten, UserError
 from rcl_fast.train.experiments import cells, clusters, pictures, render, runs
-from rcl_fast.train.experiments.job_queue import Failure, Job
+from rcl_fast.train.experiments.job_queue import Failure, without_job
 from rcl_fast.train.experiments.plan import Plan, PlannedRun, Rows, kept_rows, plan, unique, why_unusable
 from rcl_fast.train.experiments.render import Filled
 from rcl_fast.train.experiments.rows import CLUSTERS, row_of
@@ -91,7 +91,7 @@ def _measure_clusters(entries: Plan, known: Rows) -> list[Failure]:
 
 
 def _without_features(entry: PlannedRun, error: UserError) -> Failure:
-    return Failure(Job(entry.label, [], entry.run.folder, epochs=0), f"no features of its test images: {error}")
+    return without_job(entry.label, entry.run.folder, f"no features of its test images: {error}")
 
 
 def fill(table: Table, entries: Plan, finished: Rows, setting: Setting, seeds: int) -> Filled:

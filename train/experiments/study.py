@@ -78,7 +78,7 @@ def results(of: Sequence[Trial]) -> tuple[dict[int, Figures], dict[int, str]]:
     found, wrong = {}, {}
     for trial in of:
         why = trial.damage()
-        if why is None and trial.status == "finished":
+        if why is None and status.read(trial.folder) == "finished":
             metrics = read_metrics(trial.folder)
             if metrics:
                 best = best_validation(trial.folder)["balanced_accuracy"]

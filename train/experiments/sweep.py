@@ -16,7 +16,7 @@ from rcl_fast.train.config import RESUMABLE, config_of
 from rcl_fast.train.errors import UserError
 from rcl_fast.train.experiments import job_queue, runs, study
 from rcl_fast.train.experiments.devices import check_devices
-from rcl_fast.train.experiments.job_queue import Failure, Job
+from rcl_fast.train.experiments.job_queue import Failure, Job, without_job
 from rcl_fast.train.experiments.runs import Run
 from rcl_fast.train.experiments.search_space import Space, corners, grid, parse_space, size
 from rcl_fast.train.experiments.setting import flags
@@ -134,7 +134,7 @@ def _job(search: Search, trial: Trial) -> Job | Failure:
     try:
         return Job(label, runs.command(run), run.folder, run.config.optimization.epochs)
     except UserError as error:  # what lies in its folder is damaged
-        return Failure(Job(label, [], run.folder, epochs=0), str(error))
+        return without_job(label, run.folder, str(error))
 
 
 def _next(search: Search, tried: set[int]) -> Trial | None:
@@ -193,7 +193,7 @@ def show(search: Search) -> list[Failure]:
         best, selected_on = ordered[0], dict.fromkeys(figures.selected_on for figures in finished.values())
         _logger.info(f"best: {_described(best.parameters)}, in {best.folder}; selected on {', '.join(selected_on)}")
     return [
-        Failure(Job(f"trial {trial.number}", [], trial.folder, epochs=0), wrong[trial.number])
+        without_job(f"trial {trial.number}", trial.folder, wrong[trial.number])
         for trial in trials
         if trial.number in wrong
     ]

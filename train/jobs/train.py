@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rcl_fast.train.config import check_shared
 from rcl_fast.train.data.datasets import Splits
+from rcl_fast.train.data.manifest import verify_command
 from rcl_fast.train.data.samples import BadImage
 from rcl_fast.train.errors import NonFiniteLoss, Preempted, UserError
 from rcl_fast.train.jobs import run_folder
@@ -245,7 +246,7 @@ def _advice(job: _Job) -> str:
     if data.on_bad_image == "skip":
         return ""
     return (
-        f"All bad ones are named by: python train/verify.py --dataset {data.dataset} --data {data.data}\n"
+        f"All bad ones are named by: {verify_command(data.dataset, data.data, data.manifest)}\n"
         f"Mend them, then go on with --resume {job.folder}; or start anew with --on-bad-image skip, which leaves them "
         "out\n"
     )

@@ -36,7 +36,7 @@ from rcl_fast.train.errors import NotWritten, UserError
 from rcl_fast.train.options import VerifyOptions
 from rcl_fast.train.runtime.console import print_table, print_text
 from rcl_fast.train.runtime.threads import usable_cpus
-from rcl_fast.train.runtime.wording import SHOWN, counted, some
+from rcl_fast.train.runtime.wording import counted, first_lines, some
 
 CLASSES_SHOWN = 20  # a data set of more classes gets a summary
 
@@ -253,7 +253,7 @@ def _show_bad(bad: Sequence[tuple[ImageRef, str]]) -> None:
     print_table(table)
     for kind, lines in kinds.items():
         print_text(
-            "\n  ".join([kind, *lines[:SHOWN]]) + (f"\n  and {len(lines) - SHOWN:,} more" * (len(lines) > SHOWN)),
+            "\n  ".join([kind, *first_lines(lines)]),
         )
     print_text("mend them and verify again, or train without them: train/run.py --on-bad-image skip")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -40,7 +39,7 @@ from rcl_fast.train.loaders.torchvision import TorchvisionLoader
 from rcl_fast.train.options import Config, LoaderName, training_kinds
 from rcl_fast.train.runtime import distributed
 from rcl_fast.train.runtime.hardware import Runtime
-from rcl_fast.train.runtime.threads import usable_cpus
+from rcl_fast.train.runtime.threads import processes_here, usable_cpus
 from rcl_fast.train.runtime.wording import counted
 from rcl_fast.train.views.params import plan_view
 
@@ -143,7 +142,7 @@ def _build(config: Config, spec: LoaderSpec, runtime: Runtime, *, compile: bool 
 
 def _note_workers(config: Config) -> None:
     """Logs where the loader's workers are more than the CPUs; PyTorch would warn of it for every loader."""
-    cpus, processes = usable_cpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cpus, processes = usable_cpus(), processes_here()
     workers = config.data.workers * processes
     of_recipe = recipe(config.data.dataset, config.loss.loss).data.workers  # is nobody's choice
     if config.data.loader != "device" and workers > cpus and config.data.workers != of_recipe:
@@ -178,11 +177,11 @@ def _without_bad(config: Config, splits: Splits) -> Splits:
 def _check_by_manifest(parts: dict[str, Samples], manifest: Manifest) -> None:
     """Raises BadImage for images that the manifest knows as bad; logs a note where it lacks some."""
     check_readable(parts, manifest)
-    unknown = [describe(samples, i) for samples in parts.values() for i in unknown_indices(samples, manifest)]
+    unknown = [(samples, i) for samples in parts.values() for i in unknown_indices(samples, manifest)]
     if unknown:
         _logger.info(
-            f"note: {manifest.file} does not have {counted(unknown, 'image')}, such as {unknown[0]}; this makes it "
-            f"anew:\n  {manifest.made_with}"
+            f"note: {manifest.file} does not have {counted(unknown, 'image')}, such as {describe(*unknown[0])}; this "
+            f"makes it anew:\n  {manifest.made_with}"
         )
 
 

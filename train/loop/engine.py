@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rcl_fast import LDAM, metrics
+from rcl_fast.train.data.manifest import verify_command
 from rcl_fast.train.data.samples import BadImage
 from rcl_fast.train.errors import NonFiniteLoss, Preempted
 from rcl_fast.train.loaders.base import Batch, Loader, loader_state
@@ -246,8 +247,8 @@ def _check_images(training: Training, progress: Progress) -> None:
     if progress.images == 0:
         raise BadImage(
             f"no step of epoch {epoch} has an image to train on: in all {progress.steps} every image of a process's "
-            f"share is bad, and left out. See what is wrong with them: python train/verify.py --dataset {data.dataset} "
-            f"--data {data.data}"
+            f"share is bad, and left out. See what is wrong with them: "
+            f"{verify_command(data.dataset, data.data, data.manifest)}"
         )
     if progress.skipped:
         _logger.info(

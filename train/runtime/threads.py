@@ -29,9 +29,14 @@ def share_cpus() -> None:
     """
     if "OMP_NUM_THREADS" in os.environ:  # torchrun sets it, too
         return
-    allowed = max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    allowed = max(1, usable_cpus() // processes_here())
     if allowed < torch.get_num_threads():
         torch.set_num_threads(allowed)
+
+
+def processes_here() -> int:
+    """Returns how many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
 
 
 def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:

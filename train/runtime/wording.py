@@ -17,6 +17,12 @@ def some(names: Sequence[object] | NDArray[Any]) -> str:
     return ", ".join(map(str, names[:SHOWN])) + more
 
 
+def first_lines(lines: Sequence[str]) -> list[str]:
+    """Returns the first lines, and one that says how many more there are."""
+    more = [f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
+    return [*lines[:SHOWN], *more]
+
+
 def counted(things: Collection[object], one: str, many: str | None = None) -> str:
     """Returns how many things there are, with their word; its plural has an s, unless `many` is another one."""
     return f"{len(things):,} {one if len(things) == 1 else many or f'{one}s'}"
