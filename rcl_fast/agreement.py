@@ -1,13 +1,14 @@
 """Makes sure that the processes of a group call the loss alike, by one gather of a few numbers from each.
 
-Options are compared by a hash, class counts and compression by a digest of their bits. Prototypes are computed in
-each process, and may differ by rounding: they are compared by a weighted sum.
+Options are compared by a hash; class counts, compression, keys and their labels by a digest of their bits. Prototypes
+are computed in each process, and may differ by rounding: they are compared by a weighted sum.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,41 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from rcl_fast.batch import ContrastiveBatch, powers_of_two
 
+GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over it, as PyTorch's integers have it
 CHECKSUMS = 4  # of the prototypes: where one happens to be close, another is not
-HEADER_BYTES = 8 * (5 + CHECKSUMS)
+
+
+def _float64_bits(values: Tensor) -> Tensor:
+    """Returns the bits of float64's numbers, int64 [R]: equal numbers of different dtypes have the same."""
+    return (values.double() + 0.0).view(torch.int64)  # −0 becomes 0
+
+
+def _row_bits(rows: Tensor) -> Tensor:
+    """Returns a number int64 [R] of each row [R, D] that any single change of the row changes.
+
+    It is the sum of the row's bits, as integers of 16 or 32 bits, times odd numbers of 64 bits. Of float64's bits,
+    which may end in many zeros, such a product would lose most.
+    """
+    integers = rows.contiguous().view(torch.int16 if rows.element_size() == 2 else torch.int32)
+    odd = _mixed(torch.arange(1, integers.shape[1] + 1, device=rows.device) * GOLDEN_RATIO) | 1
+    return (integers * odd).sum(dim=1)
+
+
+class _Exact(NamedTuple):
+    """What must be the same to the bit in every process."""
+
+    name: str  # in `ContrastiveBatch`
+    row: str  # what a person calls a row of it
+    bits: Callable[[Tensor], Tensor]  # of each row, int64 [R]
+
+
+EXACT = (
+    _Exact("class_counts", "class", _float64_bits),
+    _Exact("compression", "class", _float64_bits),
+    _Exact("key_labels", "row", Tensor.long),  # any integers: more than float64 tells apart
+    _Exact("keys", "row", _row_bits),
+)
+HEADER_BYTES = 8 * (3 + len(EXACT) + CHECKSUMS)
 
 
 class _Header(NamedTuple):
@@ -26,8 +60,7 @@ class _Header(NamedTuple):
 
     anchors: int
     options: int
-    class_counts: int
-    compression: int
+    digests: tuple[int, ...]  # of what is EXACT
     checksums: tuple[float, ...]  # of the prototypes
 
 
@@ -40,9 +73,9 @@ def agreed_sizes(batch: ContrastiveBatch, reduction: str, backend: str, group: P
     headers = _all_gather_headers(batch, options, group)
     if len({header.options for header in headers}) > 1:
         raise RuntimeError(_difference_of_options(options, group))
-    for name, values in (("class_counts", batch.class_counts), ("compression", batch.compression)):
-        if values is not None and len({getattr(header, name) for header in headers}) > 1:
-            _check_values_agree(name, values, group)
+    for place, exact in enumerate(EXACT):
+        if len({header.digests[place] for header in headers}) > 1:
+            _check_rows_agree(exact, getattr(batch, exact.name), group)
     if batch.prototypes is not None:
         _check_prototypes_agree(headers, batch.prototypes)
     return [header.anchors for header in headers]
@@ -54,6 +87,8 @@ def _options(batch: ContrastiveBatch, reduction: str, backend: str) -> dict[str,
         "the width of the features": batch.features.shape[1],
         "the dtype of the features": batch.features.dtype,
         "prototypes": None if batch.prototypes is None else (*batch.prototypes.shape, batch.prototypes.dtype),
+        "keys": None if batch.keys is None else (*batch.keys.shape, batch.keys.dtype),
+        "anchors_are_keys": batch.anchors_are_keys,
         "the number of classes": batch.num_classes or "unknown",
         "rebalance": batch.class_counts is not None,
         "compression": "none" if batch.compression is None else "given",
@@ -69,15 +104,16 @@ def _options(batch: ContrastiveBatch, reduction: str, backend: str) -> dict[str,
 def _all_gather_headers(batch: ContrastiveBatch, options: dict[str, str], group: ProcessGroup) -> list[_Header]:
     device = batch.features.device
     counted = torch.tensor([len(batch.features), _hash(options)], device=device)
-    digests = [_digest(values, device) for values in (batch.class_counts, batch.compression)]
+    digests = [_digest(getattr(batch, exact.name), device, exact.bits) for exact in EXACT]
     header = torch.cat([counted, *digests, _checksums(batch.prototypes, device).view(torch.int64)])
     headers = header.new_empty(distributed.get_world_size(group), len(header))
     distributed.all_gather_into_tensor(headers.view(-1), header, group=group)
     headers = headers.cpu()  # one wait for the device
-    integers, floats = headers[:, :4].tolist(), headers.view(torch.float64)[:, 4:].tolist()
+    count = 2 + len(EXACT)  # of integers
+    integers, floats = headers[:, :count].tolist(), headers.view(torch.float64)[:, count:].tolist()
     return [
-        _Header(anchors, hashed, counts, compression, tuple(checksums))
-        for (anchors, hashed, counts, compression), checksums in zip(integers, floats, strict=True)
+        _Header(anchors, hashed, tuple(digests), tuple(checksums))
+        for (anchors, hashed, *digests), checksums in zip(integers, floats, strict=True)
     ]
 
 
@@ -89,30 +125,37 @@ def _hash(options: dict[str, str]) -> int:
 _DIGESTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _digest(values: Tensor | None, device: torch.device) -> Tensor:
-    """Returns a digest int64 [1] of the numbers [C], on their device; made once per tensor and version."""
+def _digest(values: Tensor | None, device: torch.device, bits: Callable[[Tensor], Tensor] = _float64_bits) -> Tensor:
+    """Returns a digest int64 [1] of the numbers [R, ...], on their device; made once per tensor and version."""
     if values is None:
         return torch.zeros(1, dtype=torch.int64, device=device)
     if values.is_inference():  # has no version
-        return _digest_of_bits(values)
+        return _digest_of_bits(bits(values))
     version, digest = _DIGESTS.get(values, (None, None))
     if version != values._version:
-        digest = _digest_of_bits(values)
+        digest = _digest_of_bits(bits(values.detach()))
         _DIGESTS[values] = values._version, digest
     return digest
 
 
-def _digest_of_bits(values: Tensor) -> Tensor:
-    """Returns the sum, modulo 2^64, of float64's bits, each number's mixed with its place: int64 [1].
+def _digest_of_bits(bits: Tensor) -> Tensor:
+    """Returns the sum, modulo 2^64, of the bits int64 [R], each number's mixed with its place: int64 [1].
 
-    Equal numbers of different dtypes have one digest; any single change changes it. The mixing is splitmix64's (Steele,
-    Lea, Flood, OOPSLA 2014): a product alone would lose numbers like 0 and 2, whose bits are nearly all 0.
+    Any single change changes it.
     """
-    bits = (values.double() + 0.0).view(torch.int64)  # −0 becomes 0
-    mixed = bits + torch.arange(1, len(bits) + 1, device=bits.device) * _signed(0x9E3779B97F4A7C15)
+    places = torch.arange(1, len(bits) + 1, device=bits.device)
+    return _mixed(bits + places * GOLDEN_RATIO).sum(dim=0, keepdim=True)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """Returns the numbers int64 with their bits mixed, different ones for different ones.
+
+    The mixing is splitmix64's (Steele, Lea, Flood, OOPSLA 2014): a product alone would lose numbers like 0 and 2, whose
+    bits are nearly all 0.
+    """
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        mixed = (mixed ^ ((mixed >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
-    return mixed.sum(dim=0, keepdim=True)
+        bits = (bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    return bits
 
 
 def _signed(number: int) -> int:
@@ -178,16 +221,23 @@ def _difference_of_options(options: dict[str, str], group: ProcessGroup) -> str:
     raise AssertionError("unreachable: their hashes differ")
 
 
-def _check_values_agree(name: str, values: Tensor, group: ProcessGroup) -> None:
-    """Raises RuntimeError with the first class whose number differs between the processes.
+def _check_rows_agree(exact: _Exact, values: Tensor, group: ProcessGroup) -> None:
+    """Raises RuntimeError with the first row [R, ...] that differs between the processes.
 
     There is none where a digest is of an earlier value: numbers may change behind a tensor's version.
     """
-    gathered = _all_gather_objects(values.tolist(), group)
-    for process, others in enumerate(gathered):
-        for j, (one, other) in enumerate(zip(gathered[0], others, strict=True)):
-            if one != other:
-                raise RuntimeError(_sentence(name, f"{one} for class {j}", process, f"{other} for it"))
+    values = values.detach()
+    gathered = _all_gather_objects(exact.bits(values).cpu(), group)
+    for process, bits in enumerate(gathered):
+        differing = (bits != gathered[0]).nonzero()
+        if len(differing):
+            row = int(differing[0])
+            numbers = _all_gather_objects(values[row].reshape(-1).tolist(), group)
+            pairs = zip(numbers[0], numbers[process], strict=True)
+            column = next((j for j, (one, other) in enumerate(pairs) if repr(one) != repr(other)), 0)
+            where = f"{exact.row} {row}" + (f", column {column}" if values.ndim > 1 else "")
+            one, other = numbers[0][column], numbers[process][column]
+            raise RuntimeError(_sentence(exact.name, f"{one} for {where}", process, f"{other} for it"))
 
 
 def _all_gather_objects(of_this_process: Any, group: ProcessGroup) -> list[Any]:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from rcl_fast.batch import Factors
+
 REDUCTIONS = ("mean", "sum", "none")
-IGNORED = -100  # PyTorch's ignore_index: the label of a sample that a loss of logits leaves out
-SUM_TOLERANCE = 0.01  # of probabilities: in bfloat16 a number near 1 and its part of a sum round by 0.004 each
 TEMPERATURES = (1e-30, 1e30)
 
 
@@ -25,7 +25,7 @@ def check_features(features: Tensor) -> None:
     """Raises unless features are [N, D] or [B, V, D], floating point."""
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
-    _check_floating("features", features, "the projection head's output")
+    check_floating("features", features, "the projection head's output")
     if features.ndim not in (2, 3) or features.shape[-1] == 0:
         raise ValueError(
             f"features must be [N, D], or [B, V, D] with V views a sample, with D >= 1; got {list(features.shape)}"
@@ -36,12 +36,8 @@ def check_labels(labels: Tensor, features: Tensor) -> None:
     """Raises unless labels are integers, [N] for features [N, D] and [B] for [B, V, D], on the features' device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor of integers, got {type(labels).__name__}")
-    _check_integers(labels)
-    if _is_batched(labels):
-        raise ValueError(
-            "labels must be the same for all that torch.func.vmap runs over, and it runs over them too; call the loss "
-            "once for each set of labels"
-        )
+    check_integers(labels)
+    _check_not_batched("labels", labels)
     expected = [features.shape[0]]
     if list(labels.shape) != expected:
         hint = ""
@@ -52,115 +48,59 @@ def check_labels(labels: Tensor, features: Tensor) -> None:
             f"labels must have shape {expected} to match features {list(features.shape)}, "
             f"got {list(labels.shape)}{hint}"
         )
-    _check_device("labels", labels, features.device)
+    check_device("labels", labels, features.device)
 
 
-def check_label_values(labels: Tensor, num_classes: int, validate: bool = False) -> None:
+def check_label_values(labels: Tensor, num_classes: int, validate: bool = False, name: str = "labels") -> None:
     """Raises ValueError for a label outside [0, num_classes), where values can be read."""
-    if not _values_can_be_read(labels, validate) or not labels.numel():
+    if not values_can_be_read(labels, validate) or not labels.numel():
         return
     labels = labels.long()  # unsigned integers have no minimum in PyTorch
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
         raise ValueError(
-            f"labels must lie in [0, {num_classes}) as class_counts, prototypes or compression have {num_classes} "
+            f"{name} must lie in [0, {num_classes}) as class_counts, prototypes or compression have {num_classes} "
             f"rows; got {wrong}"
-        )
-
-
-def check_logits(logits: Tensor, class_vector: Tensor | None = None) -> None:
-    """Raises unless logits are [N, C], floating point, with the C and the device of what a loss holds of each class."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a torch.Tensor [N, C], got {type(logits).__name__}")
-    _check_floating("logits", logits, "the classifier's output")
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        hint = "; of pixels or tokens make rows: logits.movedim(1, -1).flatten(0, -2), labels.flatten()"
-        raise ValueError(
-            f"logits must be [N, C], a row a sample and a column a class, with C >= 1; got {list(logits.shape)}"
-            f"{hint if logits.ndim > 2 else ''}"
-        )
-    if class_vector is None:
-        return
-    if len(class_vector) != logits.shape[1]:
-        raise ValueError(
-            f"logits must have one column per class, [N, {len(class_vector)}], as class_counts have "
-            f"{len(class_vector)} classes; got {list(logits.shape)}"
-        )
-    _check_device("class_counts", class_vector, logits.device, "logits")
-
-
-def check_class_labels(labels: Tensor, logits: Tensor) -> None:
-    """Raises unless labels are integers [N] for logits [N, C], on their device.
-
-    Raises ValueError for a label that is neither in [0, C) nor −100, where values can be read.
-    """
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor of integers, got {type(labels).__name__}")
-    _check_integers(labels)
-    samples, classes = logits.shape
-    if list(labels.shape) != [samples]:
-        hint = "; where each row has a single 1, take labels.argmax(dim=1)" if labels.shape == logits.shape else ""
-        raise ValueError(
-            f"labels must have shape {[samples]} to match logits {[samples, classes]}, got {list(labels.shape)}{hint}"
-        )
-    _check_device("labels", labels, logits.device, "logits")
-    if not _values_can_be_read(labels, validate=False):
-        return
-    labels = labels.long()  # unsigned integers can't be compared in PyTorch
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= classes))
-    if wrong.any():
-        first = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"labels must lie in [0, {classes}), the columns of logits, or be {IGNORED} for samples to leave out; "
-            f"sample {first} has {int(labels[first])} ({int(wrong.sum())} such of {samples})"
-        )
-
-
-def check_class_or_soft_labels(labels: Tensor, logits: Tensor) -> None:
-    """Raises unless labels are `check_class_labels`' integers, or floating [N, C], probabilities in each row."""
-    if not isinstance(labels, Tensor) or not labels.dtype.is_floating_point or labels.ndim < 2:
-        check_class_labels(labels, logits)
-        return
-    if labels.shape != logits.shape:
-        raise ValueError(
-            f"labels must be integers {[len(logits)]}, or probabilities {list(logits.shape)} as logits are; got "
-            f"{labels.dtype} {list(labels.shape)}"
-        )
-    _check_device("labels", labels, logits.device, "logits")
-    if not _values_can_be_read(labels, validate=False):
-        return
-    sums = labels.sum(dim=1, dtype=torch.float64)
-    wrong = ~((sums - 1).abs() <= SUM_TOLERANCE) | (labels < 0).any(dim=1)
-    if wrong.any():
-        first = int(wrong.nonzero()[0])
-        raise ValueError(
-            "floating labels must be probabilities, none below 0, that sum to 1 in each row; sample "
-            f"{first} sums to {sums[first].item():g}, its least is {labels[first].min().item():g} ({int(wrong.sum())} "
-            f"such of {len(labels)}); of several labels for one sample make shares: labels / labels.sum(dim=1, "
-            "keepdim=True)"
         )
 
 
 def check_prototypes(prototypes: Tensor, features: Tensor) -> None:
     """Raises unless prototypes are [C, D], floating point, with the features' D and device."""
-    if not isinstance(prototypes, Tensor):
-        raise TypeError(f"prototypes must be a torch.Tensor [C, D], got {type(prototypes).__name__}")
-    if not prototypes.dtype.is_floating_point:
-        raise TypeError(f"prototypes must have a floating dtype, got {prototypes.dtype}")
-    dimensions = features.shape[-1]
-    if prototypes.ndim != 2 or prototypes.shape[1] != dimensions:
+    _check_rows("prototypes", "C", prototypes, features, "the head's output")
+
+
+def check_keys(keys: Tensor | None, key_labels: Tensor | None, features: Tensor) -> None:
+    """Raises unless keys are [Q, D], floating point, and key_labels integers [Q], with the features' D and device."""
+    if keys is None:
+        raise ValueError("key_labels need keys: [Q, D], the rows whose classes they are")
+    _check_rows("keys", "Q", keys, features, "what the encoder made of them")
+    if key_labels is None:
+        raise ValueError(f"keys need key_labels: [{len(keys)}], the class of each of them")
+    if not isinstance(key_labels, Tensor):
+        raise TypeError(f"key_labels must be a torch.Tensor of integers, got {type(key_labels).__name__}")
+    check_integers(key_labels, "key_labels")
+    _check_not_batched("key_labels", key_labels)
+    if list(key_labels.shape) != [len(keys)]:
         raise ValueError(
-            f"prototypes must be [C, {dimensions}] to match features {list(features.shape)}, "
-            f"got {list(prototypes.shape)}"
+            f"key_labels must have shape {[len(keys)]} to match keys {list(keys.shape)}, got {list(key_labels.shape)}"
         )
-    _check_device("prototypes", prototypes, features.device)
+    check_device("key_labels", key_labels, features.device)
+
+
+def check_there_are_keys(anchors_are_keys: bool, keys: Tensor | None, prototypes: Tensor | None) -> None:
+    """Raises ValueError where neither anchors nor keys nor prototypes are what anchors are compared with."""
+    if not anchors_are_keys and keys is None and prototypes is None:
+        raise ValueError(
+            "anchors_are_keys=False leaves keys and prototypes to compare the anchors with, and neither is given; pass "
+            "keys [Q, D] with key_labels [Q], where an empty queue has Q = 0, or prototypes [C, D]"
+        )
 
 
 def check_class_counts(class_counts: Tensor, rebalance: bool, validate: bool = False) -> None:
     """Raises unless class_counts are [C] numbers, all above 0 where `rebalance` takes their logarithm."""
     _check_class_vector("class_counts", class_counts)
-    if not rebalance or not _values_can_be_read(class_counts, validate):
+    if not rebalance or not values_can_be_read(class_counts, validate):
         return
     counts = class_counts.double()  # unsigned integers can't be compared in PyTorch
     wrong = ~(counts > 0) | ~counts.isfinite()
@@ -174,7 +114,7 @@ def check_class_counts(class_counts: Tensor, rebalance: bool, validate: bool = F
 def check_compression(compression: Tensor, validate: bool = False) -> None:
     """Raises unless compression is [C] factors that float32 holds, none below 0."""
     _check_class_vector("compression", compression)
-    if not _values_can_be_read(compression, validate):
+    if not values_can_be_read(compression, validate):
         return
     wrong = ~(compression.double() >= 0) | ~compression.float().isfinite()  # unsigned integers have no >= in PyTorch
     if wrong.any():
@@ -184,10 +124,25 @@ def check_compression(compression: Tensor, validate: bool = False) -> None:
         )
 
 
+def as_factors(compression: Tensor | Sequence[float] | Factors, device: torch.device, validate: bool) -> Factors:
+    """Returns checked compression factors on `device`, and what is known of them where values can be read for free."""
+    given, known = compression if isinstance(compression, Factors) else (compression, False)
+    values = as_class_vector("compression", given, device if isinstance(given, Tensor) else None)
+    check_compression(values, validate)
+    if values_can_be_read(values, validate):
+        known = are_at_most_one(values)
+    return Factors(values.to(device), known)
+
+
+def are_at_most_one(compression: Tensor) -> bool:
+    """Returns whether no factor is above 1; waits for the device."""
+    return bool((compression.double() <= 1).all())  # unsigned integers can't be compared in PyTorch
+
+
 def check_sample_counts(class_counts: Tensor) -> None:
     """Raises unless class_counts are [C] finite numbers, 1 or more: what has an effective number of samples."""
     check_class_counts(class_counts, rebalance=True)
-    if not _values_can_be_read(class_counts, validate=False):
+    if not values_can_be_read(class_counts, validate=False):
         return
     wrong = class_counts.double() < 1
     if wrong.any():
@@ -200,7 +155,7 @@ def check_sample_counts(class_counts: Tensor) -> None:
 def check_class_weights(class_weights: Tensor) -> None:
     """Raises unless class_weights are [C] finite weights above 0."""
     _check_class_vector("class_weights", class_weights)
-    if not _values_can_be_read(class_weights, validate=True):
+    if not values_can_be_read(class_weights, validate=True):
         return
     wrong = ~(class_weights > 0) | ~class_weights.isfinite()
     if wrong.any():
@@ -210,7 +165,7 @@ def check_class_weights(class_weights: Tensor) -> None:
 def check_class_accuracy(class_accuracy: Tensor) -> None:
     """Raises unless class_accuracy is [C] fractions in [0, 1]; NaN is one that is not known."""
     _check_class_vector("class_accuracy", class_accuracy)
-    if not _values_can_be_read(class_accuracy, validate=True):
+    if not values_can_be_read(class_accuracy, validate=True):
         return
     wrong = (class_accuracy < 0) | (class_accuracy > 1)
     if wrong.any():
@@ -254,9 +209,8 @@ def check_beta(beta: float) -> None:
     check_number("beta", beta, lambda number: 0 <= number < 1, "lie in [0, 1)")
 
 
-def check_transforms(features: Tensor, prototypes: Tensor | None, backend: str, group: Any) -> None:
+def check_transforms(rows: Sequence[Tensor], backend: str, group: Any) -> None:
     """Raises RuntimeError where torch.func transforms the rows of a loss that does not run under it."""
-    rows = [features] if prototypes is None else [features, prototypes]
     if torch.compiler.is_compiling() or not any(map(torch._C._functorch.is_functorch_wrapped_tensor, rows)):
         return
     who = f"backend={backend!r}" if group is None else "the loss with group="
@@ -304,7 +258,7 @@ def as_class_vector(name: str, values: Any, device: torch.device | None = None) 
     """Returns a list, array or tensor of one number per class as a tensor on `device`, where a tensor must be."""
     if isinstance(values, Tensor):
         if device is not None:
-            _check_device(name, values, device)
+            check_device(name, values, device)
         return values
     try:
         return torch.as_tensor(np.asarray(values), device=device)
@@ -312,10 +266,32 @@ def as_class_vector(name: str, values: Any, device: torch.device | None = None) 
         raise TypeError(f"{name} must be a tensor, array or list of one number per class: {error}") from None
 
 
-def _check_floating(name: str, tensor: Tensor, source: str) -> None:
+def check_floating(name: str, tensor: Tensor, source: str) -> None:
+    """Raises TypeError unless the tensor has one of the four dtypes that the losses take."""
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}; pass {source} as it is"
+        )
+
+
+def _check_rows(name: str, count: str, rows: Tensor, features: Tensor, source: str) -> None:
+    """Raises unless rows are [count, D], floating point, with the features' D and device."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor [{count}, D], got {type(rows).__name__}")
+    check_floating(name, rows, source)
+    dimensions = features.shape[-1]
+    if rows.ndim != 2 or rows.shape[1] != dimensions:
+        raise ValueError(
+            f"{name} must be [{count}, {dimensions}] to match features {list(features.shape)}, got {list(rows.shape)}"
+        )
+    check_device(name, rows, features.device)
+
+
+def _check_not_batched(name: str, labels: Tensor) -> None:
+    if _is_batched(labels):
+        raise ValueError(
+            f"{name} must be the same for all that torch.func.vmap runs over, and it runs over them too; call the loss "
+            "once for each set of labels"
         )
 
 
@@ -337,28 +313,31 @@ def _first_class(wrong: Tensor, values: Tensor) -> str:
     return f"class {first} has {values[first].item()} ({int(wrong.sum())} such of {len(values)})"
 
 
-def _check_integers(labels: Tensor) -> None:
+def check_integers(labels: Tensor, name: str = "labels") -> None:
+    """Raises TypeError unless labels have an integer dtype."""
     if not (labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool):
         return
     if labels.ndim > 1 and labels.shape[-1] > 1:
         raise TypeError(
-            f"labels must be integers, one class a sample, got {labels.dtype} {list(labels.shape)}; soft and multi-hot "
+            f"{name} must be integers, one class a sample, got {labels.dtype} {list(labels.shape)}; soft and multi-hot "
             "labels have no meaning here: for two mixed labels a and b (mixup) mix two losses, lam * loss(..., a) + "
             "(1 - lam) * loss(..., b); where each row has a single 1, take labels.argmax(dim=1)"
         )
     raise TypeError(
-        f"labels must have an integer dtype, got {labels.dtype}; where they are whole numbers use labels.long()"
+        f"{name} must have an integer dtype, got {labels.dtype}; where they are whole numbers use {name}.long()"
     )
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device, reference: str = "features") -> None:
+def check_device(name: str, tensor: Tensor, device: torch.device, reference: str = "features") -> None:
+    """Raises ValueError for a tensor on another device."""
     if tensor.device != device:
         raise ValueError(
             f"{name} is on {tensor.device}, {reference} on {device}; move it, or its module, by .to({str(device)!r})"
         )
 
 
-def _values_can_be_read(tensor: Tensor, validate: bool) -> bool:
+def values_can_be_read(tensor: Tensor, validate: bool) -> bool:
+    """Returns whether a check may look at values: on the CPU, or where `validate` allows to wait for the device."""
     if torch.compiler.is_compiling() or tensor.is_meta or _is_batched(tensor):
         return False
     return validate or tensor.device.type == "cpu"

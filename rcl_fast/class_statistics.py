@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rcl_fast.batch import ContrastiveBatch, accumulation_dtype, ranks
+from rcl_fast.batch import ContrastiveBatch, accumulation_dtype, labels_of_keys, ranks
 
 
 class ClassStatistics(NamedTuple):
     """Everything that a histogram of the labels gives, for the anchors and for the classes."""
 
-    classes: Tensor  # int64 [N] the anchors' classes as numbers in [0, N)
+    classes: Tensor  # int64 [N] the anchors' classes as numbers in [0, N + Q)
+    key_classes: Tensor  # int64 [Q] those of the keys
     positives: Tensor  # int64 [N] |P(i)|, the keys of the anchor's class without the anchor itself
     log_weights: Tensor  # [C] b of a key of class j, as an anchor of another class meets it
     same_class_terms: Tensor | None  # [N] what b has more on keys of the anchor's class; None: nothing
@@ -26,29 +27,29 @@ def class_statistics(batch: ContrastiveBatch) -> ClassStatistics:
     """Returns the statistics of a batch whose labels are in [0, num_classes), without a host synchronisation."""
     keys = keys_per_class(batch)
     keys_of_same_class = keys[batch.labels]
-    # Compiled code takes the ranks always: the question would be one more graph.
-    fits = not torch.compiler.is_compiling() and batch.num_classes <= len(batch.labels)
+    classes, key_classes = _small_classes(batch)
+    has_terms = batch.class_average and batch.anchors_are_keys
     return ClassStatistics(
-        classes=batch.labels if fits else ranks(batch.labels),
-        positives=keys_of_same_class - 1,
+        classes=classes,
+        key_classes=key_classes,
+        positives=keys_of_same_class - int(batch.anchors_are_keys),
         log_weights=_log_weights(batch, keys),
-        same_class_terms=_same_class_terms(keys_of_same_class, accumulation_dtype(batch))
-        if batch.class_average
-        else None,
+        same_class_terms=_same_class_terms(keys_of_same_class, accumulation_dtype(batch)) if has_terms else None,
     )
 
 
 def keys_per_class(batch: ContrastiveBatch) -> Tensor:
-    """Returns count[j], int64 [C]: the histogram of the anchors, and one more for each prototype."""
+    """Returns count[j], int64 [C]: the histogram of anchors and keys, and one more for each prototype."""
     nothing = torch.zeros(batch.num_classes, dtype=torch.int64, device=batch.labels.device)
-    anchors = nothing.index_add(0, batch.labels, torch.ones_like(batch.labels))
+    labels = labels_of_keys(batch)
+    counted = nothing.index_add(0, labels, torch.ones_like(labels))
     # Added last: where N equals C, Inductor would take a start of ones and the ones that are added for one buffer.
-    return anchors + int(batch.prototypes is not None)
+    return counted + int(batch.prototypes is not None)
 
 
 def positives_per_anchor(batch: ContrastiveBatch) -> Tensor:
     """Returns |P(i)|, int64 [N]: the keys of the anchor's class without the anchor itself."""
-    return keys_per_class(batch)[batch.labels] - 1
+    return keys_per_class(batch)[batch.labels] - int(batch.anchors_are_keys)
 
 
 def reduction_weights(positives: Tensor, reduction: str) -> Tensor:
@@ -63,6 +64,17 @@ def reduction_weights(positives: Tensor, reduction: str) -> Tensor:
 def log_counts(class_counts: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns log n_j in the dtype [C]. A float64 count may exceed what float32 holds, its logarithm does not."""
     return class_counts.to(torch.promote_types(class_counts.dtype, dtype)).log().to(dtype)
+
+
+def _small_classes(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
+    """Returns the classes of anchors [N] and keys [Q] as numbers in [0, N + Q)."""
+    key_labels = batch.labels[:0] if batch.key_labels is None else batch.key_labels
+    N = len(batch.labels)
+    # Compiled code takes the ranks always: the question would be one more graph.
+    if not torch.compiler.is_compiling() and batch.num_classes <= N + len(key_labels):
+        return batch.labels, key_labels
+    together = ranks(batch.labels if batch.key_labels is None else torch.cat([batch.labels, key_labels]))
+    return together[:N], together[N:]
 
 
 def _log_weights(batch: ContrastiveBatch, keys: Tensor) -> Tensor:

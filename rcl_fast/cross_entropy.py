@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcl_fast import checks
+from rcl_fast import checks, logit_checks
 from rcl_fast.exact_buffers import ExactBuffers
 from rcl_fast.weights import effective_number_weights, log_prior
 
@@ -25,8 +25,8 @@ class CrossEntropy(nn.Module):
     """Plain cross-entropy of logits [N, C] and labels: integers [N], or floating [N, C], each row's probabilities."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        checks.check_logits(logits)
-        checks.check_class_or_soft_labels(labels, logits)
+        logit_checks.check_logits(logits)
+        logit_checks.check_class_or_soft_labels(labels, logits)
         return _mean_cross_entropy(_widened(logits), labels)
 
 
@@ -51,8 +51,8 @@ class LogitAdjusted(ExactBuffers):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits [N, C]; labels integers [N], or floating [N, C], each row's probabilities -> the mean."""
-        checks.check_logits(logits, self.log_prior)
-        checks.check_class_or_soft_labels(labels, logits)
+        logit_checks.check_logits(logits, self.log_prior)
+        logit_checks.check_class_or_soft_labels(labels, logits)
         logits = _widened(logits)
         return _mean_cross_entropy(logits + self.tau * self.log_prior.to(logits.dtype), labels)
 
@@ -87,14 +87,14 @@ class CBFocal(ExactBuffers):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits [N, C], labels integers [N] -> the sum over classes, averaged over the batch."""
-        checks.check_logits(logits, self.class_weights)
-        checks.check_class_labels(labels, logits)
+        logit_checks.check_logits(logits, self.class_weights)
+        logit_checks.check_class_labels(labels, logits)
         logits, labels = _widened(logits), labels.long()
         signed = torch.where(_is_label(labels, logits), logits, -logits)  # log p_t = log sigmoid(signed)
         focal = -(F.logsigmoid(-signed) * self.gamma).exp() * F.logsigmoid(signed)
         overflow = logits.detach().amax(dim=1) * 0  # NaN where a logit has become infinite, which looks certain
         losses = self.class_weights.to(logits.dtype).gather(0, _indices(labels)) * (focal.sum(dim=1) + overflow)
-        return losses.masked_fill(labels == checks.IGNORED, 0).sum() / _samples(labels)
+        return losses.masked_fill(labels == logit_checks.IGNORED, 0).sum() / _samples(labels)
 
 
 class LDAM(ExactBuffers):
@@ -145,13 +145,13 @@ class LDAM(ExactBuffers):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits [N, C] of a cosine classifier with the same scale, labels integers [N] -> the weighted mean."""
-        checks.check_logits(logits, self.margins)
-        checks.check_class_labels(labels, logits)
+        logit_checks.check_logits(logits, self.margins)
+        logit_checks.check_class_labels(labels, logits)
         logits, labels = _widened(logits), labels.long()
         weights = self.class_weights.to(logits.dtype)
         lowered = logits - _is_label(labels, logits) * self.margins.to(logits.dtype)
-        total = F.cross_entropy(lowered, labels, weight=weights, ignore_index=checks.IGNORED, reduction="sum")
-        weight = weights.gather(0, _indices(labels)).masked_fill(labels == checks.IGNORED, 0).sum()
+        total = F.cross_entropy(lowered, labels, weight=weights, ignore_index=logit_checks.IGNORED, reduction="sum")
+        weight = weights.gather(0, _indices(labels)).masked_fill(labels == logit_checks.IGNORED, 0).sum()
         return total / weight.masked_fill(weight == 0, 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -184,17 +184,17 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.dtype.is_floating_point:
         return F.cross_entropy(logits, labels.to(logits.dtype), reduction="sum") / max(len(labels), 1)
     labels = labels.long()
-    return F.cross_entropy(logits, labels, ignore_index=checks.IGNORED, reduction="sum") / _samples(labels)
+    return F.cross_entropy(logits, labels, ignore_index=logit_checks.IGNORED, reduction="sum") / _samples(labels)
 
 
 def _samples(labels: Tensor) -> Tensor:
     """Returns how many samples count, but 1 where none does, as a divisor."""
-    return (labels != checks.IGNORED).sum().clamp(min=1)
+    return (labels != logit_checks.IGNORED).sum().clamp(min=1)
 
 
 def _indices(labels: Tensor) -> Tensor:
     """Returns labels [N] with 0 for −100, to look up rows that are then left out."""
-    return labels.masked_fill(labels == checks.IGNORED, 0)
+    return labels.masked_fill(labels == logit_checks.IGNORED, 0)
 
 
 def _is_label(labels: Tensor, logits: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def bytes_sent(anchors: int, dimensions: int, dtype: torch.dtype = torch.float32
 
     anchors: of the process that has most of them, as others are padded to it. A ring carries W − 1 times as much
     through each process of W. softmax_numbers: what the backend's gradient needs of an anchor's softmax, 1 with
-    "triton", 2 with "tiled", none with the others. Prototypes are everyone's already and stay where they are.
+    "triton", 2 with "tiled", none with the others. Prototypes and keys are everyone's already and stay where they are.
     """
     loss_bytes = 8 if dtype == torch.float64 else 4
     rows = _aligned(anchors * dimensions * dtype.itemsize) + _aligned(anchors * LABEL_BYTES)
@@ -41,24 +41,24 @@ def contrastive_loss(batch: ContrastiveBatch, reduction: str, backend: str, grou
     """Returns the loss of the anchors of all processes in `group`: the same scalar in each; for "none" the local [n].
 
     With W processes the gradients are W times the true ones: of the local features, as their part in everyone's loss;
-    of the prototypes, which every process holds alike, by the local anchors' losses. DistributedDataParallel divides
-    their sum by W, which gives the gradients of one process with the whole batch.
+    of prototypes and keys, which every process holds alike, by the local anchors' losses. DistributedDataParallel
+    divides their sum by W, which gives the gradients of one process with the whole batch.
 
     Every process of the group must call it as often as the others, and scale the scalar alike before backward; for
     "none" it must run backward as often, too. Local batches may be uneven or empty. `batch` is this process's.
     "reference" and "dense" compute everyone's losses in every process.
 
     Raises:
-        RuntimeError: in every process, where they do not agree on options, dtypes, widths, class counts, compression or
-            prototypes.
+        RuntimeError: in every process, where they do not agree on options, dtypes, widths, class counts, compression,
+            prototypes, keys or their labels.
     """
     sizes = agreed_sizes(batch, reduction, backend, group)
     features, labels = _all_gather([batch.features.detach(), batch.labels], sizes, group)
     everyone = with_class_indices(batch._replace(features=features, labels=labels))
     call = _Call(everyone, sizes, select.get(backend), group)
     if reduction == "none":
-        return _LocalLosses.apply(batch.features, batch.prototypes, call)
-    return _Total.apply(batch.features, batch.prototypes, reduction, call)
+        return _LocalLosses.apply(batch.features, batch.prototypes, batch.keys, call)
+    return _Total.apply(batch.features, batch.prototypes, batch.keys, reduction, call)
 
 
 class _Call(NamedTuple):
@@ -69,14 +69,17 @@ class _Call(NamedTuple):
     backend: Backend
     group: ProcessGroup
 
-    def of_classes(self) -> tuple[Tensor | None, Tensor | None]:
-        """Returns what the backward pass reads again: saved for it, it is known to be unchanged there."""
-        return self.everyone.class_counts, self.everyone.compression
+    def constants(self) -> tuple[Tensor | None, ...]:
+        """Returns what else the backward pass reads again: saved for it, it is known to be unchanged there."""
+        return self.everyone.class_counts, self.everyone.compression, self.everyone.key_labels
 
     def gradients(
         self, leaves: tuple[Tensor | None, ...], saved: tuple[Any, ...], softmax: Tensor, grad_losses: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Returns W times the gradients of local features and prototypes; softmax and grad_losses are everyone's."""
+        """Returns W times the gradients of `leaves`: local features, prototypes and keys.
+
+        softmax and grad_losses are everyone's.
+        """
         local = self.sizes[distributed.get_rank(self.group)]
         gradients = self.backend.backward_rows(self.everyone, local, saved, softmax, grad_losses)
         return tuple(
@@ -89,31 +92,33 @@ class _LocalLosses(torch.autograd.Function):
     """Computes ℓ_i of the local anchors; what each counts for is known in the backward pass only."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, prototypes: Tensor | None, call: _Call) -> Tensor:
+    def forward(ctx: Any, features: Tensor, prototypes: Tensor | None, keys: Tensor | None, call: _Call) -> Tensor:
         losses, softmax, _, saved = call.backend.forward_rows(call.everyone, len(features))
-        ctx.save_for_backward(features, prototypes, softmax, *call.of_classes(), *saved)
+        ctx.save_for_backward(features, prototypes, keys, softmax, *call.constants(), *saved)
         ctx.call = call
         return losses
 
     @staticmethod
     @first_derivative_only("the loss with group=")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        features, prototypes, softmax, _, _, *saved = ctx.saved_tensors
+        features, prototypes, keys, softmax, _, _, _, *saved = ctx.saved_tensors
         call: _Call = ctx.call
         softmax, grad_losses = _all_gather([softmax, grad_output.to(softmax.dtype)], call.sizes, call.group)
-        return *call.gradients((features, prototypes), tuple(saved), softmax, grad_losses), None
+        return *call.gradients((features, prototypes, keys), tuple(saved), softmax, grad_losses), None
 
 
 class _Total(torch.autograd.Function):
     """Computes the sum or mean of everyone's ℓ_i; grad_output is the same everywhere, so backward needs nobody."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, prototypes: Tensor | None, reduction: str, call: _Call) -> Tensor:
-        losses, softmax, keys_of_class, saved = call.backend.forward_rows(call.everyone, len(features))
+    def forward(
+        ctx: Any, features: Tensor, prototypes: Tensor | None, keys: Tensor | None, reduction: str, call: _Call
+    ) -> Tensor:
+        losses, softmax, positives, saved = call.backend.forward_rows(call.everyone, len(features))
         softmax, losses = _all_gather([softmax, losses], call.sizes, call.group)
-        with_positive = (keys_of_class > 1).sum().double()
+        with_positive = (positives > 0).sum().double()
         weight = 1 / with_positive.clamp(min=1) if reduction == "mean" else torch.ones_like(with_positive)
-        ctx.save_for_backward(features, prototypes, weight, softmax, *call.of_classes(), *saved)
+        ctx.save_for_backward(features, prototypes, keys, weight, softmax, *call.constants(), *saved)
         ctx.call = call
         total = _in_order(losses, call).sum(dtype=torch.float64) * weight
         return total.to(losses.dtype)
@@ -121,9 +126,9 @@ class _Total(torch.autograd.Function):
     @staticmethod
     @first_derivative_only("the loss with group=")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        features, prototypes, weight, softmax, _, _, *saved = ctx.saved_tensors
+        features, prototypes, keys, weight, softmax, _, _, _, *saved = ctx.saved_tensors
         grad_losses = (grad_output * weight).to(softmax.dtype).expand(len(softmax))
-        return *ctx.call.gradients((features, prototypes), tuple(saved), softmax, grad_losses), None, None
+        return *ctx.call.gradients((features, prototypes, keys), tuple(saved), softmax, grad_losses), None, None
 
 
 def _in_order(rows: Tensor, call: _Call) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rcl_fast import checks
 from rcl_fast.backends import select
+from rcl_fast.batch import Factors
 from rcl_fast.cross_entropy import LDAM, BalancedSoftmax, CBFocal, CrossEntropy, LogitAdjusted
 from rcl_fast.exact_buffers import ExactBuffers
 from rcl_fast.functional import contrastive_loss
@@ -45,6 +47,7 @@ class ContrastiveLoss(ExactBuffers):
 
     class_counts: Tensor | None
     compression: Tensor | None
+    _small: tuple[Tensor, int] | None = None  # factors that are known to be at most 1, and their version
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class ContrastiveLoss(ExactBuffers):
         rebalance: bool = False,
         compression: Tensor | Sequence[float] | None = None,
         normalize: bool = True,
+        anchors_are_keys: bool = True,
         reduction: str = "mean",
         backend: str = "auto",
         group: ProcessGroup | None = None,
@@ -62,6 +66,7 @@ class ContrastiveLoss(ExactBuffers):
     ) -> None:
         super().__init__()
         checks.check_temperature(temperature)
+        checks.check_flag("anchors_are_keys", anchors_are_keys)
         checks.check_choice("reduction", reduction, checks.REDUCTIONS)
         checks.check_choice("backend", backend, select.BACKENDS)
         checks.check_group(group)
@@ -77,6 +82,7 @@ class ContrastiveLoss(ExactBuffers):
         self.class_average = class_average
         self.rebalance = rebalance
         self.normalize = normalize
+        self.anchors_are_keys = anchors_are_keys
         self.reduction = reduction
         self.backend = backend
         self.group = group
@@ -117,6 +123,27 @@ class ContrastiveLoss(ExactBuffers):
             if held is not None:
                 compression = compression.to(held.device)
         self.compression = compression
+        self._look_at_compression()
+
+    def _look_at_compression(self) -> None:
+        """Notes factors that are all at most 1, with their version: a later change in place is then seen."""
+        held, self._small = self.compression, None
+        if held is None or held.is_inference() or not checks.values_can_be_read(held, validate=True):
+            return
+        if checks.are_at_most_one(held):
+            self._small = held, held._version
+
+    def _are_small(self) -> bool:
+        """Returns whether no factor is above 1, as far as is known. Compiled code can't ask for a version."""
+        if self._small is None or torch.compiler.is_compiling():
+            return False
+        noted, version = self._small
+        return self.compression is noted and noted._version == version
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._look_at_compression()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Sets the compression, or none, before PyTorch loads; what is wrong with it goes to the errors."""
@@ -128,6 +155,11 @@ class ContrastiveLoss(ExactBuffers):
             errors.append(f"{key}: {error}")
         else:
             super()._load_from_state_dict(state_dict, prefix, *arguments)
+            self._look_at_compression()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._look_at_compression()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContrastiveLoss:
         memo[id(self.group)] = self.group  # a copy computes with the same processes
@@ -135,8 +167,18 @@ class ContrastiveLoss(ExactBuffers):
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
-    def forward(self, features: Tensor, labels: Tensor, prototypes: Tensor | None = None) -> Tensor:
-        """Returns a scalar, or [N] for "none"; features [N, D] or [B, V, D], labels [N] or [B], prototypes [C, D]."""
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        prototypes: Tensor | None = None,
+        keys: Tensor | None = None,
+        key_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Returns a scalar, or [N] for "none"; features [N, D] or [B, V, D], labels [N] or [B], prototypes [C, D].
+
+        keys [Q, D] with key_labels [Q] are more keys.
+        """
         if self.needs_prototypes is not None and self.needs_prototypes != (prototypes is not None):
             wants = "needs prototypes [C, D]" if self.needs_prototypes else "is defined without prototypes"
             raise ValueError(f"this preset {wants}; ContrastiveLoss(...) without a preset takes either")
@@ -148,8 +190,11 @@ class ContrastiveLoss(ExactBuffers):
             temperature=self.temperature,
             class_average=self.class_average,
             rebalance=self.rebalance,
-            compression=self.compression,
+            compression=None if self.compression is None else Factors(self.compression, self._are_small()),
             normalize=self.normalize,
+            keys=keys,
+            key_labels=key_labels,
+            anchors_are_keys=self.anchors_are_keys,
             reduction=self.reduction,
             backend=self.backend,
             group=self.group,
@@ -157,5 +202,5 @@ class ContrastiveLoss(ExactBuffers):
         )
 
     def extra_repr(self) -> str:
-        shown = ("temperature", "class_average", "rebalance", "normalize", "reduction", "backend")
+        shown = ("temperature", "class_average", "rebalance", "normalize", "anchors_are_keys", "reduction", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)

@@ -29,10 +29,10 @@ BY_ONE_NAME = "__main__"  # `python -m rcl_fast.train COMMAND`, which alone impo
 # commands share, and the parser of their options, which prints a command's help.
 EXITS = {"train/command_line.py": 2, "train/arguments/parsing.py": 1}
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS, LONGEST_README = 400, 60, 8, 150
-LONG_FUNCTIONS = {"rcl_fast/functional.py contrastive_loss": 76}  # most of it the docstring
+LONG_FUNCTIONS = {"rcl_fast/functional.py contrastive_loss": 87}  # most of it the docstring
 MANY_PARAMETERS = {
-    "rcl_fast/functional.py contrastive_loss": 13,  # the call that people write, all but two by name
-    "rcl_fast/losses.py ContrastiveLoss.__init__": 10,  # the same, all but one by name
+    "rcl_fast/functional.py contrastive_loss": 16,  # the call that people write, all but two by name
+    "rcl_fast/losses.py ContrastiveLoss.__init__": 11,  # the same, all but one by name
     "rcl_fast/functional.py _checked_batch": 10,  # the same arguments, before there is a batch to hold them
     "train/loaders/base.py training_spec": 9,  # all but three by name, four with defaults
 }

@@ -1,6 +1,6 @@
 """The loss over the whole N×M matrix, in plain PyTorch: short, and easy to follow or change.
 
-Differentiable any number of times, and by `torch.func` (`vmap` over features and prototypes, labels shared).
+Differentiable any number of times, and by `torch.func` (`vmap` over features, keys and prototypes, labels shared).
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from torch import Tensor
 
 from rcl_fast.autograd import product
 from rcl_fast.backends import from_losses
-from rcl_fast.batch import ContrastiveBatch, anchors_and_prototypes
-from rcl_fast.class_statistics import log_counts
+from rcl_fast.batch import ContrastiveBatch, compressed_rows, labels_of_keys
+from rcl_fast.class_statistics import keys_per_class, log_counts
 
 
 def losses(batch: ContrastiveBatch) -> Tensor:
     """Returns ℓ_i for each anchor [N]; 0 for an anchor without a positive. O(N·M) memory."""
-    anchors, prototypes = anchors_and_prototypes(batch)
-    keys = torch.cat([anchors, prototypes])  # [M, D]
-    N, M = len(anchors), len(keys)
-    key_labels = torch.cat([batch.labels, torch.arange(len(prototypes), device=batch.labels.device)])
+    anchors, more_keys, prototypes = compressed_rows(batch)
+    keys = torch.cat([anchors if batch.anchors_are_keys else anchors[:0], more_keys, prototypes])  # [M, D]
+    key_labels = torch.cat([labels_of_keys(batch), torch.arange(len(prototypes), device=batch.labels.device)])
 
     # In this order a product of rows that the temperature brings back into range does not leave it.
     logits = product(anchors / batch.temperature, keys.T)  # s [N, M]
-    itself = torch.eye(N, M, dtype=torch.bool, device=logits.device)
+    itself = torch.eye(len(anchors), len(keys), dtype=torch.bool, device=logits.device) & batch.anchors_are_keys
     same_class = batch.labels[:, None] == key_labels
     positives = same_class & ~itself
     positive_count = positives.sum(dim=1)
@@ -38,8 +37,8 @@ def losses(batch: ContrastiveBatch) -> Tensor:
         log_weights = log_weights + log_n[key_labels]
         anchor_log_counts = log_n[batch.labels]
     if batch.class_average:
-        keys_of_class = same_class.sum(dim=0) + int(batch.prototypes is not None)  # [M], of each key's class
-        met = keys_of_class - same_class.int()
+        # An anchor that is a key is left out of the count of its class.
+        met = keys_per_class(batch)[key_labels] - (same_class & batch.anchors_are_keys).int()
         log_weights = log_weights - met.clamp(min=1).to(logits.dtype).log()
 
     weighted = (logits + log_weights).masked_fill(itself, -torch.inf)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rcl_fast.backends.protocol import RowLosses
 from rcl_fast.batch import ContrastiveBatch
-from rcl_fast.class_statistics import keys_per_class, positives_per_anchor, reduction_weights
+from rcl_fast.class_statistics import positives_per_anchor, reduction_weights
 
 Losses = Callable[[ContrastiveBatch], Tensor]
 
@@ -23,21 +23,26 @@ def total(losses: Losses, batch: ContrastiveBatch, reduction: str) -> Tensor:
 def forward_rows(losses: Losses, batch: ContrastiveBatch, rows: int) -> RowLosses:
     """Returns the losses of the first `rows` anchors. Nothing of their softmax: autograd needs none."""
     each = losses(batch)[:rows]
-    return RowLosses(each, each.new_empty(len(each), 0), keys_per_class(batch)[batch.labels], ())
+    return RowLosses(each, each.new_empty(len(each), 0), positives_per_anchor(batch), ())
 
 
 def backward_rows(
     losses: Losses, batch: ContrastiveBatch, rows: int, saved: tuple[()], softmax: Tensor, grad_losses: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Returns the gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by the prototypes."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns the gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by the prototypes and
+    by the keys."""
     with torch.enable_grad():
-        batch = batch._replace(features=batch.features.detach().requires_grad_())
-        if batch.prototypes is not None:
-            batch = batch._replace(prototypes=batch.prototypes.detach().requires_grad_())
-        each = losses(batch)
-    (for_features,) = torch.autograd.grad(each, batch.features, grad_losses, retain_graph=True)
-    if batch.prototypes is None:
-        return for_features[:rows], None
+        features, prototypes, keys = (
+            None if leaf is None else leaf.detach().requires_grad_()
+            for leaf in (batch.features, batch.prototypes, batch.keys)
+        )
+        assert features is not None
+        each = losses(batch._replace(features=features, prototypes=prototypes, keys=keys))
+    (for_features,) = torch.autograd.grad(each, features, grad_losses, retain_graph=True)
     is_first = torch.arange(len(grad_losses), device=grad_losses.device) < rows
-    (for_prototypes,) = torch.autograd.grad(each, batch.prototypes, torch.where(is_first, grad_losses, 0.0))
-    return for_features[:rows], for_prototypes
+    local = torch.where(is_first, grad_losses, 0.0)
+    for_prototypes, for_keys = (
+        None if leaf is None else torch.autograd.grad(each, leaf, local, retain_graph=True)[0]
+        for leaf in (prototypes, keys)
+    )
+    return for_features[:rows], for_prototypes, for_keys

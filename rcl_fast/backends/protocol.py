@@ -14,7 +14,7 @@ class RowLosses(NamedTuple):
 
     losses: Tensor  # [rows] ℓ_i, 0 for an anchor without a positive
     softmax: Tensor  # [rows, ...] what a gradient needs of an anchor's log-sum-exp; each backend chooses what
-    keys_of_class: Tensor  # [N] keys of the class of each of all anchors, itself one of them; 1: it has no positive
+    positives: Tensor  # [N] |P(i)| of all anchors, int or float; 0: no positive
     saved: tuple[Any, ...]  # other tensors that `backward_rows` reads; they stay in their process
 
 
@@ -28,12 +28,13 @@ class Backend(Protocol):
         """Returns the "sum" of ℓ_i, or their "mean" over the anchors that have a positive; differentiable scalar."""
 
     def forward_rows(self, batch: ContrastiveBatch, rows: int) -> RowLosses:
-        """Returns ℓ_i of the first `rows` anchors, and what `backward_rows` reads. All anchors are keys."""
+        """Returns ℓ_i of the first `rows` anchors, and what `backward_rows` reads. The keys are everyone's."""
 
     def backward_rows(
         self, batch: ContrastiveBatch, rows: int, saved: tuple[Any, ...], softmax: Tensor, grad_losses: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by prototypes.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the gradient of Σ_k g_k ℓ_k by the first `rows` features, and of its terms k < rows by the prototypes
+        and by the keys, None where there are none; that of keys may be None where they do not require grad.
 
         softmax [N, ...] and grad_losses g [N] are of all anchors.
         """

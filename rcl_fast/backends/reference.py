@@ -16,9 +16,12 @@ from rcl_fast.batch import ContrastiveBatch
 
 def losses(batch: ContrastiveBatch) -> Tensor:
     """Returns ℓ_i for each anchor, float64 [N]; 0 for an anchor without a positive."""
-    C = batch.num_classes
+    N, C = len(batch.features), batch.num_classes
     z = batch.features.double()
     y = batch.labels
+    if batch.keys is not None and batch.key_labels is not None:
+        z = torch.cat([z, batch.keys.double()])
+        y = torch.cat([y, batch.key_labels])
     if batch.prototypes is not None:
         z = torch.cat([z, batch.prototypes.double()])
         y = torch.cat([y, torch.arange(C, device=y.device)])
@@ -28,20 +31,22 @@ def losses(batch: ContrastiveBatch) -> Tensor:
 
     h = torch.stack([_unit(row) for row in z]) if batch.normalize and len(z) else z
     h = tau[y, None] * h
+    rows = torch.arange(len(y), device=y.device)
+    is_key = torch.ones_like(rows) > 0 if batch.anchors_are_keys else rows >= N
 
     each = []
-    for i in range(len(batch.features)):
-        not_i = torch.arange(len(y), device=y.device) != i
-        positives = (y == y[i]) & not_i
+    for i in range(N):
+        keys = is_key & (rows != i)
+        positives = (y == y[i]) & keys
         if not positives.any():
             each.append(z[i].sum() * 0)
             continue
         s_i = h @ (h[i] / batch.temperature)
         b_i = n[y].log()
         if batch.class_average:
-            count_i = torch.stack([((y == j) & not_i).sum() for j in y]).double()
+            count_i = torch.stack([((y == j) & keys).sum() for j in y]).double()
             b_i = b_i - count_i.log()
-        lse_i = torch.logsumexp((s_i + b_i)[not_i], dim=0)
+        lse_i = torch.logsumexp((s_i + b_i)[keys], dim=0)
         each.append(lse_i - s_i[positives].mean() - n[y[i]].log())
     return torch.stack(each) if each else z.sum(dim=1)[:0]
 

@@ -42,10 +42,10 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left[:, None], right[:, :, None])[:, 0]
 
 
-def class_sums(rows: Tensor, classes: Tensor) -> Tensor:
-    """Returns for each row of [N, D] the sum of the rows of its class, of classes [N] in [0, N)."""
+def class_sums(rows: Tensor, classes: Tensor, count: int) -> Tensor:
+    """Returns the sum of the rows [R, D] of each class, of classes [R] in [0, count): [count + 1, D]."""
     # One row more than there may be classes: of a single one Inductor would read the sum before it is made.
-    return rows.new_zeros(len(rows) + 1, rows.shape[1]).index_add(0, classes, rows)[classes]
+    return rows.new_zeros(count + 1, rows.shape[1]).index_add(0, classes, rows)
 
 
 def sums_of_others(rows: Tensor, classes: Tensor) -> Tensor:

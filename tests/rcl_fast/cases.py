@@ -4,19 +4,21 @@ from typing import Any
 
 import torch
 
+LEAVES = ("features", "prototypes", "keys")
+
 
 class Case(dict):
     """Keyword arguments of contrastive_loss, and a copy of them in another dtype with fresh leaves."""
 
     def to(self, dtype: torch.dtype) -> "Case":
         copied = Case(self)
-        for name in ("features", "prototypes"):
+        for name in LEAVES:
             if self.get(name) is not None:
                 copied[name] = self[name].detach().to(dtype).requires_grad_()
         return copied
 
     def gradients(self) -> list[torch.Tensor]:
-        return [self[name].grad for name in ("features", "prototypes") if self.get(name) is not None]
+        return [self[name].grad for name in LEAVES if self.get(name) is not None]
 
 
 def representable(numbers: torch.Tensor, dtype: torch.dtype, margin: float = 1) -> torch.Tensor:
@@ -34,9 +36,10 @@ def draw_case(
     seed: int = 0,
     prototypes: bool = True,
     compression: bool = False,
+    keys: int | None = None,
     **options: Any,
 ) -> Case:
-    """A long-tailed batch in float64; some classes may be empty, some singletons."""
+    """A long-tailed batch in float64, with so many more keys; some classes may be empty, some singletons."""
     generator = torch.Generator().manual_seed(seed)
     shares = 1 / torch.arange(1, classes + 1, dtype=torch.float64)
     labels = torch.multinomial(shares, n, replacement=True, generator=generator) if n else torch.zeros(0).long()
@@ -52,4 +55,7 @@ def draw_case(
         compression=torch.linspace(0.005, 1.5, classes, dtype=torch.float64) if compression else None,
         **options,
     )
+    if keys is not None:
+        case["keys"] = normal(keys, dimensions)
+        case["key_labels"] = torch.randint(classes, (keys,), generator=generator)
     return case.to(torch.float64)

@@ -51,6 +51,24 @@ Y = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
         ({"rebalance": "no", "class_counts": [1, 2, 3]}, TypeError, ["rebalance must be True or False", "'no'"]),
         ({"normalize": 1}, TypeError, ["normalize must be True or False", "got 1"]),
         ({"compression": [1.0, 1e39, 1.0]}, ValueError, ["compression", "finite in float32", "class 1 has 1e+39"]),
+        ({"keys": F}, ValueError, ["keys need key_labels", "[8]"]),
+        ({"key_labels": Y}, ValueError, ["key_labels need keys", "[Q, D]"]),
+        ({"keys": F.tolist(), "key_labels": Y}, TypeError, ["keys must be a torch.Tensor [Q, D]", "list"]),
+        ({"keys": F.long(), "key_labels": Y}, TypeError, ["keys must be float16", "torch.int64"]),
+        ({"keys": F[:, :3], "key_labels": Y}, ValueError, ["keys must be [Q, 4]", "[8, 3]"]),
+        ({"keys": F[None], "key_labels": Y}, ValueError, ["keys must be [Q, 4]", "[1, 8, 4]"]),
+        ({"keys": F, "key_labels": Y.tolist()}, TypeError, ["key_labels must be a torch.Tensor of integers", "list"]),
+        ({"keys": F, "key_labels": Y[:5]}, ValueError, ["key_labels must have shape [8]", "[8, 4]", "[5]"]),
+        ({"keys": F, "key_labels": Y[:, None]}, ValueError, ["key_labels must have shape [8]", "[8, 1]"]),
+        ({"keys": F, "key_labels": Y.float()}, TypeError, ["key_labels must have an integer", "key_labels.long()"]),
+        (
+            {"keys": F, "key_labels": Y + 1, "class_counts": [5, 3, 2]},
+            ValueError,
+            ["key_labels must lie in [0, 3)", "got 3"],
+        ),
+        ({"keys": F, "key_labels": Y - 1, "prototypes": F[:3]}, ValueError, ["key_labels must lie", "got -1"]),
+        ({"anchors_are_keys": False}, ValueError, ["anchors_are_keys=False", "neither is given", "Q = 0"]),
+        ({"anchors_are_keys": 0}, TypeError, ["anchors_are_keys must be True or False", "got 0"]),
         ({"reduction": "avg"}, ValueError, ["reduction", "'mean'", "'avg'"]),
         ({"backend": "cuda"}, ValueError, ["backend", "'tiled'", "'cuda'"]),
         ({"group": object()}, TypeError, ["group", "object", "init_process_group"]),
@@ -68,6 +86,9 @@ def test_tensors_on_another_device_are_refused() -> None:
     for name, tensor in {"labels": Y, "prototypes": torch.randn(3, 4), "class_counts": torch.ones(3)}.items():
         with pytest.raises(ValueError, match=f"{name} is on meta, features on cpu"):
             contrastive_loss(**{"features": F, "labels": Y, name: tensor.to("meta")})
+    for name in ("keys", "key_labels"):
+        with pytest.raises(ValueError, match=f"{name} is on meta, features on cpu"):
+            contrastive_loss(F, Y, **{"keys": F, "key_labels": Y, name: (F if name == "keys" else Y).to("meta")})
 
 
 @pytest.mark.skipif(
@@ -79,7 +100,7 @@ def test_tensors_on_another_device_are_refused() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_default_path_waits_for_no_gpu(backend: str, reduction: str) -> None:
     """A fake CUDA tensor has no values: whatever reads one, which would be a synchronisation, raises."""
-    case = draw_case(30, 8, class_average=True, rebalance=True, compression=True)
+    case = draw_case(30, 8, class_average=True, rebalance=True, compression=True, keys=11)
     with FakeTensorMode():
         on_gpu = {
             name: torch.empty(value.shape, dtype=value.dtype, device="cuda", requires_grad=value.requires_grad)
@@ -96,6 +117,7 @@ def test_the_default_path_waits_for_no_gpu(backend: str, reduction: str) -> None
     ("options", "error", "part"),
     [
         ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"anchors_are_keys": "no"}, TypeError, "anchors_are_keys must be True or False"),
         ({"class_counts": [3, 0], "rebalance": True}, ValueError, "class 1 has 0"),
         ({"rebalance": True}, ValueError, "needs class_counts"),
         ({"compression": [1.0, float("nan")]}, ValueError, "class 1 has nan"),

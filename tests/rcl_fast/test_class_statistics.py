@@ -47,11 +47,11 @@ def test_tiled_counts_once(reduction: str, class_average: bool) -> None:
     assert counted(case, backend="tiled", reduction=reduction) == (1, 0)
 
 
-@pytest.mark.parametrize("backend", ["dense", "reference"])
-def test_the_whole_matrix_is_counted_for_a_mean_alone(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "of_its_losses"), [("dense", 1), ("reference", 0)])
+def test_the_whole_matrix_counts_once_more_for_a_mean(backend: str, of_its_losses: int) -> None:
     case = draw_case(class_average=True, rebalance=True)
-    assert counted(case, backend=backend, reduction="mean") == (1, 0)
-    assert counted(case, backend=backend, reduction="none") == (0, 0)
+    assert counted(case, backend=backend, reduction="mean") == (of_its_losses + 1, 0)
+    assert counted(case, backend=backend, reduction="none") == (of_its_losses, 0)
 
 
 def test_labels_are_sorted_once_where_there_are_more_classes_than_anchors_or_nobody_knows_how_many() -> None:
@@ -66,11 +66,11 @@ def counted_together(group: ProcessGroup, case: Case, sizes: list[int], options:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("backend", ["tiled", "dense"])
-def test_several_processes_count_once_each(processes: Processes, backend: str, reduction: str) -> None:
+@pytest.mark.parametrize(("backend", "times"), [("tiled", 1), ("dense", 3)])  # dense makes its losses anew
+def test_several_processes_count_alike(processes: Processes, backend: str, times: int, reduction: str) -> None:
     options = {"backend": backend, "reduction": reduction}
     case = draw_case(30, 4, class_average=True)
-    assert processes.run(2, counted_together, case, [21, 9], options) == [(1, 0)] * 2
+    assert processes.run(2, counted_together, case, [21, 9], options) == [(times, 0)] * 2
 
 
 def batch_of(labels: list[int], **options: Any) -> ContrastiveBatch:
@@ -82,6 +82,7 @@ def batch_of(labels: list[int], **options: Any) -> ContrastiveBatch:
 def test_by_hand() -> None:
     one = class_statistics(batch_of([2, 0, 2, 2]))
     assert one.classes.tolist() == [2, 0, 2, 2]
+    assert one.key_classes.tolist() == []
     assert one.positives.tolist() == [2, 0, 2, 2]
     assert one.log_weights.tolist() == [0, 0, 0, 0]
     assert one.same_class_terms is None
@@ -95,6 +96,26 @@ def test_by_hand() -> None:
     terms = torch.tensor([three_of_four, one_of_two, three_of_four, three_of_four])
     assert isinstance(one.same_class_terms, Tensor)
     torch.testing.assert_close(one.same_class_terms, terms)
+
+
+def test_keys_by_hand() -> None:
+    keys = {"keys": torch.eye(4)[:3], "key_labels": torch.tensor([2, 3, 3]), "class_average": True}
+    one = class_statistics(batch_of([2, 0, 2, 2], **keys))
+    assert one.key_classes.tolist() == [2, 3, 3]
+    assert one.positives.tolist() == [3, 0, 3, 3]
+    torch.testing.assert_close(one.log_weights, torch.tensor([1, 1, 1 / 4, 1 / 2]).log())
+    assert isinstance(one.same_class_terms, Tensor)
+    torch.testing.assert_close(one.same_class_terms, torch.tensor([4 / 3, 1, 4 / 3, 4 / 3]).log())
+
+    one = class_statistics(batch_of([2, 0, 2, 2], **keys, anchors_are_keys=False))
+    assert one.positives.tolist() == [1, 0, 1, 1]
+    torch.testing.assert_close(one.log_weights, torch.tensor([1, 1, 1, 1 / 2]).log())
+    assert one.same_class_terms is None
+
+
+def test_keys_have_numbers_below_those_of_anchors_and_keys() -> None:
+    one = class_statistics(batch_of([3], keys=torch.eye(2), key_labels=torch.tensor([3, 1])))
+    assert [one.classes.tolist(), one.key_classes.tolist()] == [[1], [1, 0]]
 
 
 def test_more_classes_than_anchors_have_numbers_below_those() -> None:

@@ -243,8 +243,8 @@ def assert_compiled_is_eager(compiled: Loss, loss: Loss, case: Case, tolerance: 
         ("dense", "mean", True),
         ("dense", "none", True),
         ("tiled", "mean", True),
-        ("tiled", "none", True),
-        ("tiled", "mean", False),
+        pytest.param("tiled", "none", True, marks=pytest.mark.slow),
+        pytest.param("tiled", "mean", False, marks=pytest.mark.slow),
     ],
 )
 def test_one_graph_for_all_batch_sizes_and_temperatures(backend: str, reduction: str, prototypes: bool) -> None:
@@ -260,7 +260,8 @@ def test_one_graph_for_all_batch_sizes_and_temperatures(backend: str, reduction:
         assert graphs.count == (1 if temperature == 0.1 else expected), (n, temperature)
 
 
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_one_graph_for_each_number_of_chunks(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tiled.CHUNK_BYTES, "cpu", 20_000)
     graphs = Graphs()
@@ -274,6 +275,7 @@ def test_one_graph_for_each_number_of_chunks(reduction: str, monkeypatch: pytest
         assert graphs.count == expected, n
 
 
+@pytest.mark.slow
 def test_one_graph_of_a_module_whose_temperature_changes() -> None:
     expected, graphs = graphs_of_a_number(), Graphs()
     criterion = ContrastiveLoss.preset("bcl_rcl", torch.arange(9, 0, -1))
@@ -302,7 +304,7 @@ def test_a_wrong_temperature_is_refused_in_compiled_code_too() -> None:
             compiled(wrong)
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("backend", ["dense", pytest.param("tiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_code_refuses_second_derivatives(backend: str, compiler: str) -> None:
     """In PyTorch's words: for create_graph, or where the gradient is differentiated."""
@@ -325,6 +327,7 @@ def test_inductor_where_there_are_as_many_anchors_as_classes(backend: str, reduc
         assert_compiled_is_eager(compiled, loss, draw_case(n, 8, class_average=True, rebalance=True), 1e-10)
 
 
+@pytest.mark.slow
 def test_inductor_counts_keys_where_there_are_as_many_anchors_as_classes() -> None:
     """The part at which Inductor failed, without the minute that all of it takes."""
     from rcl_fast.batch import ContrastiveBatch
@@ -372,7 +375,7 @@ def test_what_changes_in_place_before_the_backward_pass_is_noticed(changed: str)
 def changed_together(group: ProcessGroup, case: Case, sizes: list[int], name: str, options: dict[str, Any]) -> str:
     part = local_part(case, sizes, rank_of(group))
     loss = contrastive_loss(**part, group=group, **options)
-    part[name].mul_(2)
+    part[name].detach().mul_(2)  # also of a leaf
     try:
         loss.sum().backward()
     except RuntimeError as error:

@@ -7,13 +7,24 @@ import io
 import pickle
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from processes import Processes
 from torch import Tensor, nn
 
-from rcl_fast import LDAM, BalancedSoftmax, CBFocal, ContrastiveLoss, LogitAdjusted
+from rcl_fast import (
+    LDAM,
+    BalancedSoftmax,
+    CBFocal,
+    ContrastiveLoss,
+    LogitAdjusted,
+    checks,
+    contrastive_loss,
+    functional,
+)
+from rcl_fast.batch import Factors
 
 COUNTS = torch.tensor([900, 90, 10])
 FACTORS = [1.0, 0.005, 0.3]
@@ -220,3 +231,92 @@ def test_a_copy_shares_the_process_group_and_a_file_does_not_drop_it(processes: 
         assert shared
         assert same
         assert "ProcessGroup" in error
+
+
+def _knows_small(criterion: ContrastiveLoss, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Returns whether a call of the loss says that no factor is above 1."""
+    seen = []
+    monkeypatch.setattr(functional, "_loss", lambda batch, *_: seen.append(batch.factors_at_most_one))
+    criterion(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    return seen[-1]
+
+
+SMALL = {
+    "set": lambda loss: loss,
+    "moved": lambda loss: loss.to(torch.float16).to("cpu"),
+    "pickled": lambda loss: pickle.loads(pickle.dumps(loss)),
+    "pickled after it was loaded": lambda loss: pickle.loads(pickle.dumps(_loaded(loss.state_dict()))),
+    "copied": copy.deepcopy,
+    "loaded": lambda loss: _loaded(loss.state_dict()),
+    "moved after it was loaded": lambda loss: _loaded(loss.state_dict()).double(),
+    "copied after it was loaded": lambda loss: copy.deepcopy(_loaded(loss.state_dict())),
+}
+
+
+def _loaded(state: dict[str, torch.Tensor]) -> ContrastiveLoss:
+    criterion = ContrastiveLoss(COUNTS, rebalance=True)
+    criterion.load_state_dict(state)
+    return criterion
+
+
+@pytest.mark.parametrize("way", SMALL)
+@pytest.mark.parametrize(("factors", "expected"), [([0.005, 1.0, 0.0], True), ([0.005, 1.0 + 2**-20, 0.0], False)])
+def test_factors_up_to_1_are_known_to_be(
+    way: str, factors: list[float], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    criterion = ContrastiveLoss(COUNTS, rebalance=True)
+    criterion.set_compression(factors)
+    criterion = SMALL[way](criterion)
+    _on_a_gpu(monkeypatch)
+    assert _knows_small(criterion, monkeypatch) == expected
+
+
+def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes values unreadable where reading them would be a synchronisation."""
+    monkeypatch.setattr(checks, "values_can_be_read", lambda _, validate: validate)
+
+
+def test_changed_factors_are_not_known_after_they_travelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for travelled in (lambda loss: pickle.loads(pickle.dumps(loss)), copy.deepcopy, lambda loss: loss.double()):
+        criterion = _loaded({"compression": torch.tensor([0.5, 1.0, 1.0])})
+        criterion.compression.fill_(2.95)
+        other = travelled(criterion)
+        with monkeypatch.context() as patched:
+            _on_a_gpu(patched)
+            assert not _knows_small(other, patched)
+
+
+def test_compiled_code_takes_no_word_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not see a change in place."""
+    criterion = ContrastiveLoss(COUNTS, rebalance=True, compression=[0.5, 1.0, 1.0])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not criterion._are_small()
+
+
+def test_factors_that_something_else_changed_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion = ContrastiveLoss(COUNTS, rebalance=True, compression=[0.5, 1.0, 1.0])
+    _on_a_gpu(monkeypatch)
+    assert _knows_small(criterion, monkeypatch)
+    criterion.compression[0] = 3.0
+    assert not _knows_small(criterion, monkeypatch)
+    criterion.set_compression([0.5, 1.0, 1.0])
+    assert _knows_small(criterion, monkeypatch)
+    criterion.compression = torch.full((3,), 3.0)
+    assert not _knows_small(criterion, monkeypatch)
+    criterion.set_compression(None)
+    assert not _knows_small(criterion, monkeypatch)
+
+
+def test_factors_that_can_be_read_are_looked_at_in_every_call() -> None:
+    features, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    wrong = Factors(torch.tensor([1.0, 3.0, 1.0]), at_most_one=True)
+    for given, expected in (
+        ([1, 1, 0], True),
+        ([1, 1, 2], False),
+        (torch.tensor([1.0, 1.0, 0.5]), True),
+        (wrong, False),
+    ):
+        seen = []
+        with mock.patch.object(functional, "_loss", lambda batch, *_, seen=seen: seen.append(batch)):
+            contrastive_loss(features, labels, compression=given)
+        assert seen[0].factors_at_most_one == expected

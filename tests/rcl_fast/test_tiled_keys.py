@@ -32,8 +32,8 @@ def products_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 def in_the_inputs_dtype(case: Case, reduction: str) -> torch.Tensor:
     """Plain PyTorch with every product in the inputs' dtype, as kernels/README.md compares it."""
     z, c = case["features"], case["prototypes"]
-    labels = torch.cat([case["labels"], torch.arange(len(c))])
-    h = torch.nn.functional.normalize(torch.cat([z, c]), dim=1)
+    labels = torch.cat([case["labels"], case.get("key_labels", case["labels"][:0]), torch.arange(len(c))])
+    h = torch.nn.functional.normalize(torch.cat([z, case.get("keys", z[:0]), c]), dim=1)
     if case["compression"] is not None:
         h = h * case["compression"].to(h.dtype)[labels, None]
     s = (h[: len(z)] @ h.T).float() / case.get("temperature", 0.1)
@@ -52,11 +52,17 @@ def in_the_inputs_dtype(case: Case, reduction: str) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("compression", [False, True])
-@pytest.mark.parametrize("n", [40, 150])
+@pytest.mark.parametrize(("n", "keys"), [(40, None), (150, None), (40, 90)])
 def test_error_is_that_of_plain_pytorch_in_the_same_dtype(
-    dtype: torch.dtype, reduction: str, compression: bool, n: int, products_of_16_bits: list[torch.dtype]
+    dtype: torch.dtype,
+    reduction: str,
+    compression: bool,
+    n: int,
+    keys: int | None,
+    products_of_16_bits: list[torch.dtype],
 ) -> None:
-    rounded = draw_case(n, 130, 25, class_average=True, rebalance=True, compression=compression).to(dtype)
+    options = {"class_average": True, "rebalance": True, "compression": compression}
+    rounded = draw_case(n, 130, 25, keys=keys, **options).to(dtype)
     truth = rounded.to(torch.float64)
     plain, ours = truth.to(dtype), truth.to(dtype)
     values = [run(truth, "reference", reduction), in_the_inputs_dtype(plain, reduction), run(ours, "tiled", reduction)]
@@ -100,6 +106,20 @@ def test_small_weights_of_a_large_grad_output_survive() -> None:
     assert error <= 2**-10 * largest + 2**-24
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("prototypes", [False, True])
+def test_anchors_that_are_no_keys(reduction: str, prototypes: bool) -> None:
+    """Scales of anchors and of keys are two vectors: 2^-9 for dlogits' rounding, 2^-10 for the gradients'."""
+    case = draw_case(60, 40, 9, keys=50, prototypes=prototypes, anchors_are_keys=False, class_average=True)
+    case = case.to(torch.float16)
+    exact = case.to(torch.float64)
+    torch.testing.assert_close(
+        run(case, "tiled", reduction).double(), run(exact, "reference", reduction), rtol=1e-5, atol=1e-5
+    )
+    for ours, theirs in zip(case.gradients(), exact.gradients(), strict=True):
+        assert (ours.double() - theirs).abs().max() <= (2**-9 + 2**-10) * theirs.abs().max() + 2**-24
+
+
 def test_part_of_the_anchors_as_one_of_several_processes_has_it() -> None:
     case = draw_case(60, 40, 9, class_average=True, rebalance=True).to(torch.float16)
     grad_output = torch.linspace(-1, 2, 60)
@@ -117,7 +137,7 @@ def test_part_of_the_anchors_as_one_of_several_processes_has_it() -> None:
     )
     _, softmax, *_ = tiled.forward_rows(batch, 60)
     part, _, _, saved = tiled.forward_rows(batch, 23)
-    for_features, _ = tiled.backward_rows(batch, 23, saved, softmax, grad_output)
+    for_features, *_ = tiled.backward_rows(batch, 23, saved, softmax, grad_output)
     torch.testing.assert_close(part, losses[:23], rtol=0, atol=1e-5)
     # dlogits and gradients are each rounded to 11 bits once, after a scale for each chunk.
     tolerance = 2**-10 * case["features"].grad.abs().max()
