@@ -6,17 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from rcl_fast.kernels.pack import Packed
-from rcl_fast.kernels.tiles import load_rows
+from rcl_fast.kernels.tiles import INVERSE, SCALE, load_rows
 
 
-@triton.jit(do_not_specialize=["M", "row_start", "rows", "splits"])
+@triton.jit(do_not_specialize=["row_start", "rows", "splits"])
 def project_kernel(
     p_parts,  # [SPLITS, rows, K] float32
-    p_keys,  # [M, K] raw rows over a power of two
-    p_vectors,  # [4, M] scale first, 1 / the power of two last
+    p_keys,  # [P, K] raw rows over a power of two
+    p_vectors,  # [6, P], see tiles.py
     p_grad_scale,  # [1] what the parts were multiplied by, with SCALED
     p_grad,  # [rows, D] out
-    M,
+    P,
     row_start,  # the first row's index among the keys
     rows,
     splits,
@@ -36,9 +36,9 @@ def project_kernel(
     if SCALED:
         b_grad /= tl.load(p_grad_scale)
     b_z = load_rows(p_keys, row_start + o_r, m_r, o_d, K).to(tl.float32)
-    b_scale = tl.load(p_vectors + row_start + o_r, mask=m_r, other=0.0)
+    b_scale = tl.load(p_vectors + SCALE * P + row_start + o_r, mask=m_r, other=0.0)
     # Both scales of `dlogits` hold √(log2(e)/T); log 2 leaves their product 1/T.
-    p_inverse = p_vectors + 3 * M + row_start + o_r
+    p_inverse = p_vectors + INVERSE * P + row_start + o_r
     if NORMALIZE:  # the part along z goes, as length does not count; a zero row keeps all
         b_grad *= 0.6931471805599453 * b_scale[:, None]
         b_zz = tl.sum(b_z * b_z, 1)

@@ -1,17 +1,16 @@
-"""Launch choices: block sizes by kernel, architecture, math mode and width, and what bounds the workspace.
+"""Launch choices: block sizes by kernel, architecture, math mode and width, and how the keys are split.
 
 `bench/kernels/aot.py` compiles every entry and records its registers, spills and shared memory; `tune.py` beside it
-times others.
+times others. README.md says what a choice costs.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from rcl_fast.kernels.block_size_table import TABLE
@@ -20,12 +19,17 @@ from rcl_fast.kernels.block_size_table import TABLE
 class BlockSizes(NamedTuple):
     """Block sizes of one kernel, and options of the compiler."""
 
-    rows: int  # rows of a tile: anchors, or prototypes in their gradient
+    rows: int  # rows of a tile: anchors, or other keys in their gradient
     keys: int  # keys of a tile
     depth: int  # features of a step; whole rows where it is at least their number
     warps: int
     stages: int
+    programs: int  # that a multiprocessor holds at once, as compiled
     maxnreg: int | None = None  # registers of a thread at most; None: as many as the compiler likes
+
+    def is_wide(self, width: int) -> bool:
+        """Returns whether rows take several steps: both sides of each tile are then read anew."""
+        return width > self.depth
 
     @property
     def options(self) -> dict[str, int]:
@@ -43,25 +47,42 @@ class BlockSizes(NamedTuple):
 MATH_MODES = ("half", "tf32", "ieee")
 # Widths up to which an entry holds. A kernel's last entry holds for every wider row too.
 WIDTHS = {"forward": (64, 128, 256, 2048), "backward": (64, 128, 256), "dlogits": (2048,)}
-# Programs that fill the device: about two to a multiprocessor of the largest chip of each architecture.
-PROGRAMS = {70: 160, 75: 144, 80: 216, 86: 168, 89: 284, 90: 264, 100: 296, 120: 340}
-ARCHITECTURES = tuple(PROGRAMS)
+# Multiprocessors of the largest chip of each architecture, where no device tells its own.
+MULTIPROCESSORS = {70: 80, 75: 72, 80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
+ARCHITECTURES = tuple(MULTIPROCESSORS)
 
+# Offsets into the vectors [6, P] are 32-bit.
+MOST_ROWS = 2**31 // 6
+# The most programs on a grid's second axis.
+MOST_PROGRAMS = 65_535
+# Rows of packed keys come in multiples of this, the longest side of a tile: no tile needs a mask.
+ALIGNMENT = 128
 # Rows up to this width keep their gradient in registers; wider ones take the workspace and plain matrix products.
 REGISTER_WIDTH = {"half": 256, "tf32": 128, "ieee": 64}
+# What one more launch costs, about, in pairs of wide rows: a microsecond or two in a CUDA graph.
+LAUNCH_PAIRS = 2048
 # Largest workspace for dL/dlogits.
 WORKSPACE_BYTES = 256 * 2**20
-# Up to this many anchors the labels are compared one by one; above, a histogram costs less.
+# Up to this many anchors and extra keys labels are compared one by one; above, a histogram costs less.
 SCAN_LIMIT = 4096
 
 
+class Processor(NamedTuple):
+    """A device, as far as a launch depends on it."""
+
+    arch: int  # of the table
+    multiprocessors: int
+
+
 @cache
-def architecture(device: torch.device) -> int:
+def processor(device: torch.device) -> Processor:
     """Returns the table's newest architecture that is not newer than the device's; 80 where it is no NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
+        return Processor(80, MULTIPROCESSORS[80])
+    found = torch.cuda.get_device_properties(device)
+    version = 10 * found.major + found.minor
+    arch = max((known for known in ARCHITECTURES if known <= version), default=ARCHITECTURES[0])
+    return Processor(arch, found.multi_processor_count)
 
 
 def math_modes(arch: int) -> tuple[str, ...]:
@@ -76,40 +97,142 @@ def math_mode_of(dtype: torch.dtype, arch: int) -> str:
     return "ieee" if arch < 80 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def product_of(keys: Tensor) -> tuple[int, str]:
-    """Returns the architecture and the math mode of the products of these keys."""
-    arch = architecture(keys.device)
-    return arch, math_mode_of(keys.dtype, arch)
+def product_of(keys: Tensor) -> tuple[Processor, str]:
+    """Returns where these keys are multiplied, and the math mode of their products."""
+    device = processor(keys.device)
+    return device, math_mode_of(keys.dtype, device.arch)
 
 
-def in_registers(arch: int, math_mode: str, width: int) -> bool:
+def in_registers(device: Processor, math_mode: str, width: int) -> bool:
     """Returns whether rows of this width keep their gradient in registers.
 
     Triton has tensor-core products from sm_80 on.
     """
-    return width <= REGISTER_WIDTH[math_mode if arch >= 80 else "ieee"]
+    return width <= REGISTER_WIDTH[math_mode if device.arch >= 80 else "ieee"]
 
 
-def choose(kernel: str, arch: int, math_mode: str, width: int, rows: int, keys: int) -> BlockSizes:
-    """Returns the first, largest tile of the entry that still gives every multiprocessor work, or else the smallest."""
+class Grid(NamedTuple):
+    """The programs of a launch: row blocks, and splits of the keys with so many tiles each."""
+
+    row_blocks: int
+    splits: int
+    tiles: int
+    tiles_per_split: int
+
+    def a_multiprocessor(self, multiprocessors: int) -> int:
+        """Returns the programs of the busiest multiprocessor, as they are dealt out in turn."""
+        return _cdiv(self.row_blocks * self.splits, multiprocessors)
+
+    def balance(self, multiprocessors: int) -> float:
+        """Returns the tiles of the average multiprocessor over those of the busiest one."""
+        most = self.a_multiprocessor(multiprocessors) * self.tiles_per_split
+        return self.row_blocks * self.tiles / (multiprocessors * most)
+
+
+def choose(kernel: str, device: Processor, math_mode: str, width: int, rows: int, keys: int) -> tuple[BlockSizes, Grid]:
+    """Returns the tile and the grid of least cost, a smaller tile only if it costs a tenth less, as it reads keys more.
+
+    Raises KeyError for a kernel, architecture or math mode without an entry.
+    """
+    best: tuple[float, BlockSizes, Grid] | None = None
+    for sizes in candidates(kernel, device.arch, math_mode, width):
+        grid = grid_of(kernel, device, sizes, width, rows, keys)
+        cost = _cost(kernel, device, sizes, grid, width)
+        if best is None or cost < 0.9 * best[0]:
+            best = cost, sizes, grid
+    assert best is not None  # every entry has a tile
+    return best[1:]
+
+
+class Launch(NamedTuple):
+    """One of the launches that cover the keys."""
+
+    sizes: BlockSizes
+    grid: Grid
+    first_key: int  # before it are those of other launches
+
+
+def launches(kernel: str, device: Processor, math_mode: str, width: int, rows: int, keys: int) -> list[Launch]:
+    """Returns launches that cover all keys: one; or full rounds of large tiles, then small ones for the keys left over.
+
+    Two for wide rows where that saves a tenth: a round in which few multiprocessors work takes as long as a full one.
+    Narrow rows have splits for that.
+    """
+    if kernel == "dlogits":  # a program a tile of keys
+        least = min(sizes.keys for sizes in candidates(kernel, device.arch, math_mode, width))
+        most = MOST_PROGRAMS * least // ALIGNMENT * ALIGNMENT
+        if keys > most:
+            others = launches(kernel, device, math_mode, width, rows, keys - most)
+            of_first = launches(kernel, device, math_mode, width, rows, most)
+            return [*of_first, *(one._replace(first_key=most + one.first_key) for one in others)]
+    sizes, grid = choose(kernel, device, math_mode, width, rows, keys)
+    one = [Launch(sizes, grid, 0)]
+    large, *_, small = candidates(kernel, device.arch, math_mode, width) * 2
+    row_blocks, tiles = _cdiv(rows, large.rows), _cdiv(keys, large.keys)
+    full_rounds = row_blocks * tiles // device.multiprocessors
+    in_rounds = full_rounds * device.multiprocessors // max(1, row_blocks) * large.keys
+    if not large.is_wide(width) or not 0 < in_rounds < keys:
+        return one
+    rounds = Launch(large, grid_of(kernel, device, large, width, rows, in_rounds), 0)
+    rest = Launch(small, grid_of(kernel, device, small, width, rows, keys - in_rounds), in_rounds)
+    of_two = _cost(kernel, device, large, rounds.grid, width) + _work(kernel, device, small, rest.grid, width)
+    return [rounds, rest] if of_two + LAUNCH_PAIRS < 0.9 * _cost(kernel, device, sizes, grid, width) else one
+
+
+def candidates(kernel: str, arch: int, math_mode: str, width: int) -> list[BlockSizes]:
+    """Returns the tiles of the table's entry, the largest first."""
     bucket = next((known for known in WIDTHS[kernel] if width <= known), WIDTHS[kernel][-1])
-    candidates = [BlockSizes(*entry) for entry in TABLE[kernel, arch, math_mode, bucket]]
-    for candidate in candidates:
-        if -(-rows // candidate.rows) * -(-keys // candidate.keys) >= PROGRAMS[arch]:
-            return candidate
-    return candidates[-1]
+    return [BlockSizes(*entry) for entry in TABLE[kernel, arch, math_mode, bucket]]
 
 
-def split(arch: int, row_blocks: int, tiles: int) -> tuple[int, int]:
-    """Returns (splits, key tiles of each) that fill the device; no split is empty."""
-    wanted = max(1, PROGRAMS[arch] // row_blocks)
-    tiles_per_split = max(1, triton.cdiv(tiles, wanted))
-    return triton.cdiv(tiles, tiles_per_split), tiles_per_split
+@lru_cache(maxsize=4096)
+def grid_of(kernel: str, device: Processor, sizes: BlockSizes, width: int, rows: int, keys: int) -> Grid:
+    """Returns the grid of the fewest splits that costs at most a twentieth more than the best; no split is empty."""
+    row_blocks, tiles = max(1, _cdiv(rows, sizes.rows)), _cdiv(keys, sizes.keys)
+    if kernel == "dlogits" or tiles == 0:  # a program a tile
+        return Grid(row_blocks, max(1, tiles), tiles, 1)
+    most = max(8, 2 * device.multiprocessors * sizes.programs // row_blocks)
+    in_a_split = dict.fromkeys(_cdiv(tiles, splits) for splits in range(1, min(tiles, most) + 1))
+    grids = [Grid(row_blocks, _cdiv(tiles, each), tiles, each) for each in in_a_split]
+    costs = [_cost(kernel, device, sizes, grid, width) for grid in grids]
+    return next(grid for grid, cost in zip(grids, costs, strict=True) if cost <= 1.05 * min(costs))
+
+
+def _cost(kernel: str, device: Processor, sizes: BlockSizes, grid: Grid, width: int) -> float:
+    """Returns the busiest multiprocessor's work and waiting, in pairs of a row and a key.
+
+    A program alone waits for its products; others that are there use the time.
+    """
+    at_once = min(grid.a_multiprocessor(device.multiprocessors), sizes.programs)
+    return _work(kernel, device, sizes, grid, width) * (1 + 1 / at_once) / (1 + 1 / sizes.programs)
+
+
+def _work(kernel: str, device: Processor, sizes: BlockSizes, grid: Grid, width: int) -> float:
+    """Returns the busiest multiprocessor's work, in pairs of a row and a key.
+
+    A split of the forward pass costs a tile more. In the backward pass it writes 4 bytes a feature, and they are read
+    again: as long as four pairs take. Wide rows wait for the L2 cache: a pair takes as long as its share of the two
+    sides of a tile, and a split costs nothing.
+    """
+    programs = grid.a_multiprocessor(device.multiprocessors)
+    if sizes.is_wide(width):
+        return programs * grid.tiles_per_split * 64 * (sizes.rows + sizes.keys)  # the pairs of a tile of 128×128
+    split = 4 * width if kernel == "backward" else sizes.keys
+    return programs * sizes.rows * (grid.tiles_per_split * sizes.keys + split)
+
+
+def _cdiv(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+def aligned(rows: int) -> int:
+    """Returns how many rows the packed keys have for so many."""
+    return _cdiv(rows, ALIGNMENT) * ALIGNMENT
 
 
 def packed_width(D: int) -> int:
     """Returns the columns of a packed key: D rounded up, so that every row starts at an aligned address."""
-    return -(-D // 16) * 16
+    return _cdiv(D, 16) * 16
 
 
 def exponents(dtype: torch.dtype, normalize: bool) -> int:
@@ -132,12 +255,12 @@ def headroom(dtype: torch.dtype, normalize: bool) -> int:
 BOUNDED_OCTAVES = 32.0
 
 
-def is_bounded(temperature: float, normalize: bool, factors: Tensor | None, counts: Tensor | None) -> bool:
+def is_bounded(temperature: float, normalize: bool, factors_at_most_one: bool, counts: Tensor | None) -> bool:
     """Returns whether 2^s and 2^b need no running maximum.
 
-    |s| ≤ 1/T is certain for unit rows that nothing compresses, n < 2^64 for integers. Compression factors and floating
-    counts are values on the device, and may be any.
+    |s| ≤ 1/T is certain for unit rows that no factor makes longer, n < 2^64 for integers. Floating counts are values on
+    the device, and may be any, as factors may of which nothing is known.
     """
-    if not normalize or factors is not None or (counts is not None and counts.dtype.is_floating_point):
+    if not normalize or not factors_at_most_one or (counts is not None and counts.dtype.is_floating_point):
         return False
     return math.log2(math.e) / temperature <= BOUNDED_OCTAVES

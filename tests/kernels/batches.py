@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rcl_fast.backends import reference
 from rcl_fast.backends import triton as backend
-from rcl_fast.batch import ContrastiveBatch
+from rcl_fast.batch import ContrastiveBatch, raw_rows
 from rcl_fast.class_statistics import class_statistics
 
 PRESETS = {
@@ -36,6 +36,8 @@ def random_batch(
     normalize: bool = True,
     temperature: float = 0.1,
     labels: Tensor | None = None,
+    extra_keys: int | None = None,
+    anchors_are_keys: bool = True,
     seed: int = 0,
 ) -> ContrastiveBatch:
     """A batch of raw features of unequal lengths, with labels of unequal frequency."""
@@ -59,12 +61,15 @@ def random_batch(
         temperature=temperature,
         class_average=class_average,
         normalize=normalize,
+        keys=None if extra_keys is None else rows(extra_keys),
+        key_labels=None if extra_keys is None else torch.randint(C, (extra_keys,), generator=make).to(device),
+        anchors_are_keys=anchors_are_keys,
     )
 
 
 def leaves(batch: ContrastiveBatch) -> list[Tensor]:
-    """The tensors whose gradient is wanted."""
-    return [rows for rows in (batch.features, batch.prototypes) if rows is not None and rows.requires_grad]
+    """The tensors whose gradient is wanted: of features, extra keys and prototypes."""
+    return [rows for rows in raw_rows(batch) if rows.requires_grad]
 
 
 def grad_output_of(batch: ContrastiveBatch) -> Tensor:
@@ -109,7 +114,9 @@ def truncated(batch: ContrastiveBatch) -> Tensor:
     tensor cores chop: once in eight terms, by up to 2^-23 of the sum, hence less than 2^-14 of it for 2,817 terms.
     """
     exact = batch._replace(
-        features=batch.features.double(), prototypes=None if batch.prototypes is None else batch.prototypes.double()
+        features=batch.features.double(),
+        keys=None if batch.keys is None else batch.keys.double(),
+        prototypes=None if batch.prototypes is None else batch.prototypes.double(),
     )
     keys, labels = _keys(exact)
     scales = torch.full_like(keys[:, 0], 1 / math.sqrt(batch.temperature))
@@ -154,17 +161,18 @@ def truncate(numbers: Tensor) -> Tensor:
 
 
 def _keys(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
-    """Raw rows of anchors and prototypes [M, D], and their labels [M]."""
-    if batch.prototypes is None:
-        return batch.features, batch.labels
-    classes = torch.arange(len(batch.prototypes), device=batch.labels.device)
-    return torch.cat([batch.features, batch.prototypes]), torch.cat([batch.labels, classes])
+    """Raw rows of anchors, extra keys and prototypes [N + Q + C, D], and their labels."""
+    classes = torch.arange(0 if batch.prototypes is None else len(batch.prototypes), device=batch.labels.device)
+    extra = classes[:0] if batch.key_labels is None else batch.key_labels
+    return torch.cat(raw_rows(batch)), torch.cat([batch.labels, extra, classes])
 
 
 def _losses(batch: ContrastiveBatch, s: Tensor, labels: Tensor) -> Tensor:
-    """ℓ_i of similarities s [N, M] with keys of these labels [M], in the dtype of s."""
+    """ℓ_i of similarities s [N, N + Q + C] with all rows, of these labels, in the dtype of s."""
+    if not batch.anchors_are_keys:
+        s, labels = s[:, len(s) :], labels[len(s) :]
     same = batch.labels[:, None] == labels
-    itself = torch.eye(*s.shape, dtype=torch.bool, device=s.device)
+    itself = torch.eye(*s.shape, dtype=torch.bool, device=s.device) & batch.anchors_are_keys
     statistics = class_statistics(batch)
     b = statistics.log_weights[labels].expand_as(s)
     if statistics.same_class_terms is not None:
@@ -174,6 +182,13 @@ def _losses(batch: ContrastiveBatch, s: Tensor, labels: Tensor) -> Tensor:
     mean = (s * (same & ~itself)).sum(dim=1) / positives.clamp(min=1)
     log_n = 0.0 if batch.class_counts is None else batch.class_counts.to(s.dtype).log()[batch.labels]
     return torch.where(positives > 0, lse - mean - log_n, 0.0)
+
+
+def _largest_term(batch: ContrastiveBatch) -> float:
+    """Returns what no term of a gradient exceeds: max|g| / (T · min‖z‖), for grad_output as `grad_output_of` has it."""
+    lengths = torch.cat([rows.detach().double().norm(dim=1) for rows in raw_rows(batch)])
+    lengths = lengths[lengths > 0] if batch.normalize else torch.ones_like(lengths)
+    return 2 / (batch.temperature * float(lengths.min())) if len(lengths) else 0.0
 
 
 def assert_as_exact_as_plain(
@@ -195,6 +210,8 @@ def assert_as_exact_as_plain(
     sum p_j that it makes, up or down; all of them together by more than λ·u·√Σp_j² with a probability of at most
     2·exp(−λ²/2) (Azuma's inequality; Higham and Mary 2019, Connolly, Higham and Mary 2021): 3e-14 at λ = 8.
     The M terms of a gradient's number have partial sums of about the magnitude at most: 8·√M·u of it, or 4·√M units.
+    Where an anchor has one key, p is 1 but for rounding, and plain PyTorch's is 1; where D = 1, a gradient is along its
+    row and goes. Where both hold, the rounding of rounding is left, in units of a gradient's terms, g/(T·‖z‖).
     The D terms of z_i·z_k, of random signs, have √Σp_j² near ‖z_i‖‖z_k‖/√2 at any D: three units of 1/T, which the
     sixteen hold.
     """
@@ -203,7 +220,8 @@ def assert_as_exact_as_plain(
     theirs = zip(*(loss_and_gradients(yardstick, batch, grad_output) for yardstick in yardsticks), strict=True)
     log_n = 0.0 if batch.class_counts is None else float(batch.class_counts.double().log().max())
     M = len(_keys(batch)[1])
-    for name, exact, our, their in zip(("loss", "features", "prototypes"), exactly, ours, theirs, strict=False):
+    names = ["loss", *(f"gradient {number}" for number in range(len(exactly) - 1))]
+    for name, exact, our, their in zip(names, exactly, ours, theirs, strict=True):
         assert our.shape == exact.shape, name
         if exact.numel() == 0:
             continue
@@ -212,6 +230,8 @@ def assert_as_exact_as_plain(
         magnitude = float(exact.abs().max()) + (1 / batch.temperature + log_n if name == "loss" else 0.0)
         units = 16 + (0 if name == "loss" else 4 * math.sqrt(M))
         rounding = (torch.finfo(our.dtype).eps + units * torch.finfo(torch.float32).eps) * magnitude
+        if name != "loss":
+            rounding += (units * torch.finfo(torch.float32).eps) ** 2 * _largest_term(batch)
         our_error = float((our.double() - exact).abs().max())
         their_error = max(float((one.double() - exact).abs().max()) for one in their)
         assert our_error <= factor * their_error + rounding, f"{name}: {our_error:.2e}, yardstick {their_error:.2e}"

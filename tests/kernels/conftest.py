@@ -50,13 +50,23 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Tiles so small that 40 rows are several of them; call it for other sizes, or another regime."""
 
-    def set_tiles(rows: int = 16, keys: int = 32, depth: int = 16, programs: int = 8, register_width: int = 64) -> None:
-        def choose(kernel: str, arch: int, math_mode: str, width: int, *_: int) -> block_sizes.BlockSizes:
+    def set_tiles(rows: int = 16, keys: int = 32, depth: int = 16, splits: int = 3, register_width: int = 64) -> None:
+        def candidates(kernel: str, arch: int, math_mode: str, width: int) -> list[block_sizes.BlockSizes]:
             whole_row = 1 << (width - 1).bit_length()
-            return block_sizes.BlockSizes(rows, keys, whole_row if kernel == "backward" else depth, warps=4, stages=1)
+            deep = whole_row if kernel == "backward" else depth
+            return [block_sizes.BlockSizes(rows, keys, deep, warps=4, stages=1, programs=2)]
 
-        monkeypatch.setattr(block_sizes, "choose", choose)
-        monkeypatch.setattr(block_sizes, "PROGRAMS", dict.fromkeys(block_sizes.PROGRAMS, programs))
+        monkeypatch.setattr(block_sizes, "candidates", candidates)
+
+        def grid_of(
+            kernel: str, device: block_sizes.Processor, sizes: block_sizes.BlockSizes, width: int, rows: int, keys: int
+        ) -> block_sizes.Grid:
+            row_blocks, tiles = -(-rows // sizes.rows), -(-keys // sizes.keys)
+            each = 1 if kernel == "dlogits" else max(1, -(-tiles // splits))
+            return block_sizes.Grid(row_blocks, max(1, -(-tiles // each)), tiles, each)
+
+        monkeypatch.setattr(block_sizes, "grid_of", grid_of)
+        monkeypatch.setattr(block_sizes, "ALIGNMENT", max(rows, keys))
         monkeypatch.setattr(block_sizes, "REGISTER_WIDTH", dict.fromkeys(block_sizes.MATH_MODES, register_width))
 
     set_tiles()

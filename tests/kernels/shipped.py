@@ -27,10 +27,13 @@ class Shipped(NamedTuple):
     dtype: torch.dtype
     precision: str  # of torch.set_float32_matmul_precision
     compressed: bool  # no bound on the similarities is known then
+    extra_keys: int | None = None
+    anchors_are_keys: bool = True
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return f"{self.N}-{self.C}-{self.D}-{name}-{self.precision}{'-compressed' * self.compressed}"
+        keys = "" if self.extra_keys is None else f"-{self.extra_keys} keys{' alone' * (not self.anchors_are_keys)}"
+        return f"{self.N}-{self.C}-{self.D}-{name}-{self.precision}{'-compressed' * self.compressed}{keys}"
 
 
 def gpu_cases() -> Iterator[Shipped]:
@@ -47,12 +50,15 @@ def gpu_cases() -> Iterator[Shipped]:
             yield Shipped(200, 150, D, dtype, precision, compressed)
             yield Shipped(2300, 517, D, dtype, precision, not compressed)
     yield Shipped(5000, 2, 64, torch.bfloat16, "highest", False)  # labels counted by a histogram
+    for position, D in enumerate((64, 128, 256, 1024)):
+        yield Shipped(600, 150, D, torch.bfloat16, "highest", position % 2 == 0, 5000, position < 2)
+        yield Shipped(200, 150, D, torch.float32, "highest", position % 2 == 1, 300, position >= 2)
     yield Shipped(30, 20_000, 64, torch.bfloat16, "highest", False)  # many times more classes than anchors
 
 
 INTERPRETED_CASES = (
-    Shipped(200, 170, 100, torch.bfloat16, "highest", False),
-    Shipped(170, 200, 300, torch.float32, "highest", True),
+    Shipped(150, 120, 100, torch.bfloat16, "highest", False, 140),
+    Shipped(130, 100, 300, torch.float32, "highest", True),
 )
 
 
@@ -61,7 +67,8 @@ def check(case: Shipped, device: torch.device) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(case.precision)
     try:
-        batch = random_batch(device, case.N, case.C, case.D, dtype=case.dtype, compressed=case.compressed)
+        keys = {"extra_keys": case.extra_keys, "anchors_are_keys": case.anchors_are_keys}
+        batch = random_batch(device, case.N, case.C, case.D, dtype=case.dtype, compressed=case.compressed, **keys)
         assert_as_exact_as_plain(batch, truth=in_float64, yardsticks=yardsticks(case.dtype, device))
     finally:
         torch.set_float32_matmul_precision(before)
@@ -69,15 +76,15 @@ def check(case: Shipped, device: torch.device) -> None:
 
 def yardsticks(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[ContrastiveBatch], Tensor], ...]:
     """For products of this dtype at the current precision; on a CPU none is TF32's, as the interpreter cuts nothing."""
-    if device.type == "cuda" and block_sizes.math_mode_of(dtype, block_sizes.architecture(device)) == "tf32":
+    if device.type == "cuda" and block_sizes.math_mode_of(dtype, block_sizes.processor(device).arch) == "tf32":
         return plain, truncated
     return (plain,)
 
 
 def in_float64(batch: ContrastiveBatch) -> Tensor:
     """`dense`, as the reference's loops would take minutes; both are held to each other by other tests."""
-    prototypes = None if batch.prototypes is None else batch.prototypes.double()
-    return dense.losses(batch._replace(features=batch.features.double(), prototypes=prototypes))
+    rows = {name: getattr(batch, name) for name in ("features", "keys", "prototypes")}
+    return dense.losses(batch._replace(**{name: one.double() for name, one in rows.items() if one is not None}))
 
 
 def main() -> int:

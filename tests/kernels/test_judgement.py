@@ -216,7 +216,7 @@ def test_truncate_drops_thirteen_bits_towards_zero() -> None:
 def test_only_tf32_is_given_its_truncation(
     dtype: torch.dtype, precision: str, device: str, expected: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_sizes, "architecture", lambda _: 90)
+    monkeypatch.setattr(block_sizes, "processor", lambda _: block_sizes.Processor(90, 132))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

@@ -12,18 +12,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcl_fast.backends import triton as backend
 from rcl_fast.batch import ContrastiveBatch
-from rcl_fast.kernels import backward_narrow, backward_norm, backward_wide, block_sizes, forward, forward_combine, pack
+from rcl_fast.kernels import (
+    backward_narrow,
+    backward_norm,
+    backward_weights,
+    backward_wide,
+    block_sizes,
+    forward,
+    forward_combine,
+    pack,
+)
 
 KERNELS = {
     "pack": (pack, "pack_kernel"),
     "forward": (forward, "forward_kernel"),
     "combine": (forward_combine, "combine_kernel"),
+    "weights": (backward_weights, "weights_kernel"),
     "backward": (backward_narrow, "backward_kernel"),
     "dlogits": (backward_wide, "dlogits_kernel"),
     "project": (backward_norm, "project_kernel"),
 }
 # They launch nothing: memory without values, other views of it, and a question.
-FREE = {"empty", "new_empty", "detach", "slice", "select", "view", "expand", "unsqueeze", "promote_types"}
+FREE = {"alias", "empty", "new_empty", "detach", "slice", "select", "view", "expand", "unsqueeze", "promote_types"}
 
 
 class Launches(TorchDispatchMode):
@@ -86,18 +96,30 @@ def both_passes(launches: Launches, batch: ContrastiveBatch, reduction: str) -> 
         ("mean", ["sum", "gt", "sum", "clamp", "div"], ["div"]),  # by how many anchors have a positive
     ],
 )
-def test_three_launches_forward_and_two_a_gradient(
+def test_three_launches_forward_and_two_a_gradient_and_one(
     reduction: str, beside_forward: list[str], beside_backward: list[str], launches: Launches, device: torch.device
 ) -> None:
     forward_names, backward_names = both_passes(launches, random_batch(device, 30, 11, 32), reduction)
     assert forward_names == ["pack", "forward", "combine", *beside_forward]
-    assert backward_names == [*beside_backward, *["backward", "project"] * 2]
+    assert backward_names == [*beside_backward, "weights", *["backward", "project"] * 2]
+
+
+def test_extra_keys_have_one_gradient_more(launches: Launches, device: torch.device) -> None:
+    batch = random_batch(device, 30, 11, 32, extra_keys=20)
+    forward_names, backward_names = both_passes(launches, batch, "none")
+    assert forward_names == ["pack", "forward", "combine"]
+    assert backward_names == ["weights", *["backward", "project"] * 3]
+    launches.names.clear()
+    assert both_passes(launches, batch._replace(keys=batch.keys.detach()), "none")[1] == [
+        "weights",
+        *["backward", "project"] * 2,
+    ]
 
 
 def test_a_frozen_input_launches_nothing(launches: Launches, device: torch.device) -> None:
     batch = random_batch(device, 30, 11, 32)
     batch = batch._replace(prototypes=batch.prototypes.detach())
-    assert both_passes(launches, batch, "none")[1] == ["backward", "project"]
+    assert both_passes(launches, batch, "none")[1] == ["weights", "backward", "project"]
 
 
 def test_wide_rows_have_one_product_more(
@@ -105,14 +127,14 @@ def test_wide_rows_have_one_product_more(
 ) -> None:
     tiny_tiles(register_width=16)
     _, names = both_passes(launches, random_batch(device, 30, 11, 32), "none")
-    assert names == ["dlogits", "mm", "project"] * 2
+    assert names == ["weights", *["dlogits", "mm", "project"] * 2]
 
 
 def test_float16_has_its_gradient_scale(launches: Launches, device: torch.device) -> None:
     _, names = both_passes(launches, random_batch(device, 30, 11, 32, dtype=torch.float16), "none")
     largest = ["abs", "amax", "amax", "mul"]  # of g, of the scales, and their product
     scale = ["gt", "scalar_tensor", "where", "reciprocal", "mul"]  # 2^13 over it, if it is not 0
-    assert names == [*largest, *scale, "mul", *["backward", "project"] * 2]
+    assert names == [*largest, *scale, "weights", *["backward", "project"] * 2]
 
 
 def test_large_batches_have_one_histogram(
@@ -130,4 +152,9 @@ def test_part_of_the_anchors_launches_the_same(launches: Launches, device: torch
         assert launches.names == ["pack", "forward", "combine"]
         launches.names.clear()
         backend.backward_rows(batch, 30, saved, lse, lse)
-    assert launches.names == ["backward", "project"] * 2
+        assert launches.names == ["weights", *["backward", "project"] * 2]
+        # Of fewer rows: the prototypes' gradient is of their losses alone.
+        _, _, _, saved = backend.forward_rows(batch, 20)
+        launches.names.clear()
+        backend.backward_rows(batch, 20, saved, lse, lse)
+    assert launches.names == ["weights", "weights", *["backward", "project"] * 2]

@@ -21,6 +21,7 @@ from rcl_fast import contrastive_loss
 from rcl_fast.backends import triton as backend
 from rcl_fast.kernels import passes
 from rcl_fast.kernels.pack import KernelInputs
+from rcl_fast.kernels.passes import BackwardOptions
 
 WIDTHS = pytest.mark.parametrize("register_width", [64, 16], ids=["registers", "workspace"])
 
@@ -75,7 +76,8 @@ def test_a_frozen_input_costs_no_gradient(
     _, only = loss_and_gradients(backend.losses, partly)
     kept = 1 if frozen == "features" else 0
     assert torch.equal(only, both[kept])
-    assert returned[0][1 - kept] is None
+    features, _, prototypes = returned[0]
+    assert (features, prototypes)[1 - kept] is None
 
 
 def test_without_gradients(device: torch.device) -> None:
@@ -110,9 +112,9 @@ def test_launches_go_to_the_device_of_the_inputs(monkeypatch: pytest.MonkeyPatch
     """With two GPUs the current one may be the other; with one, or none, only the question can be seen."""
     asked = []
     device_of = torch.cuda.device_of
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: asked.append(len(tensor)) or device_of(tensor))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: asked.append(tensor) or device_of(tensor))
     loss_and_gradients(backend.losses, random_batch(device, 30, 11, 32))
-    assert asked == [30, 41]  # features forward, keys backward
+    assert [tensor.device for tensor in asked] == [device, device]  # features forward, keys backward
 
 
 ONCE = "backend='triton' has first derivatives only"
@@ -152,20 +154,23 @@ def test_torch_func_has_no_second_derivative(device: torch.device) -> None:
         torch.func.grad(penalty)(batch.features.detach())
 
 
-def _operator_arguments(device: torch.device, with_prototypes: bool, D: int = 16) -> tuple:
-    batch = random_batch(device, 20, 7, D, with_prototypes=with_prototypes)
+def _operator_arguments(device: torch.device, with_prototypes: bool, D: int = 16) -> KernelInputs:
+    """With extra keys where there are prototypes."""
+    extra_keys = 9 if with_prototypes else None
+    batch = random_batch(device, 20, 7, D, with_prototypes=with_prototypes, extra_keys=extra_keys)
     root = torch.tensor(math.sqrt(math.log2(math.e) / batch.temperature), device=device)
-    return batch.features, batch.prototypes, batch.labels, batch.class_counts, None, root, 7, True, True, True
+    return backend._inputs(batch)._replace(root=root)
 
 
-@pytest.mark.parametrize(("with_prototypes", "D"), [(True, 16), (False, 16), (False, 13)])
+@pytest.mark.parametrize(("with_prototypes", "D"), [(True, 16), (False, 13)])
 def test_opcheck(with_prototypes: bool, D: int, device: torch.device) -> None:
     arguments = _operator_arguments(device, with_prototypes, D)
-    torch.library.opcheck(backend._forward_op, arguments)
-    _, lse, keys, vectors, key_labels = passes.forward(KernelInputs(*arguments))
-    backward_arguments = (keys, vectors, key_labels, lse, torch.ones(20, device=device), D, True, True, True)
-    for wanted in ((True, with_prototypes), (False, with_prototypes), (True, False)):
-        torch.library.opcheck(backend._backward_op, (*backward_arguments, *wanted))
+    torch.library.opcheck(backend._forward_op, tuple(arguments))
+    _, lse, *packed = passes.forward(arguments)
+    options = BackwardOptions.of(arguments)
+    saved = (*packed, lse, torch.ones(20, device=device), list(options[:4]), list(options[4:]))
+    for wanted in ([True, with_prototypes, with_prototypes], [False, False, with_prototypes], [True, False, False]):
+        torch.library.opcheck(backend._backward_op, (*saved, wanted))
 
 
 def test_operator_and_eager_path_agree(device: torch.device) -> None:
@@ -173,7 +178,7 @@ def test_operator_and_eager_path_agree(device: torch.device) -> None:
     eager = backend._Loss.apply(*arguments)[0]
     operator = backend._forward_op(*arguments)[0]
     assert torch.equal(eager, operator)
-    wanted = arguments[:2]
+    wanted = arguments[:3]
     for one, other in zip(
         torch.autograd.grad(eager.sum(), wanted), torch.autograd.grad(operator.sum(), wanted), strict=True
     ):

@@ -41,11 +41,21 @@ def interpreted(group: ProcessGroup, case: Case, grad_output: Tensor, sizes: lis
 
 
 @pytest.mark.parametrize("sizes", [[21, 9], [13, 0, 17]], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("prototypes", [True, False])
+@pytest.mark.parametrize(("reduction", "prototypes"), [("mean", True), ("mean", False), ("none", True)])
 def test_error_is_that_of_plain_pytorch(pool: Processes, sizes: list[int], reduction: str, prototypes: bool) -> None:
+    case = draw_case(30, 24, prototypes=prototypes, class_average=prototypes, rebalance=True)
+    assert_as_exact_as_plain(pool, case, sizes, reduction)
+
+
+@pytest.mark.parametrize(("sizes", "anchors_are_keys"), [([21, 9], False), ([13, 0, 17], True)], ids=str)
+def test_extra_keys(pool: Processes, sizes: list[int], anchors_are_keys: bool) -> None:
+    case = draw_case(30, 24, keys=19, class_average=True, rebalance=True, anchors_are_keys=anchors_are_keys)
+    assert_as_exact_as_plain(pool, case, sizes, "mean")
+
+
+def assert_as_exact_as_plain(pool: Processes, case: Case, sizes: list[int], reduction: str) -> None:
     options: dict[str, Any] = {"reduction": reduction}
-    case = draw_case(30, 24, prototypes=prototypes, class_average=prototypes, rebalance=True).to(torch.float32)
+    case = case.to(torch.float32)
     grad_output = torch.linspace(-1, 2, 30, dtype=torch.float64)
     exact = losses_and_gradients(case.to(torch.float64), grad_output, backend="reference", **options)
     plain = losses_and_gradients(case.to(torch.float64).to(torch.float32), grad_output, backend="dense", **options)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from cases import representable
 from rcl_fast.backends import reference
 from rcl_fast.backends import triton as backend
 from rcl_fast.batch import ContrastiveBatch
-from rcl_fast.kernels import block_sizes
 
 EXPONENTS = {torch.float32: 120, torch.bfloat16: 120, torch.float16: 8}
 
@@ -181,6 +179,5 @@ def test_counts_that_float32_does_not_hold(counts: Tensor, device: torch.device)
 
 
 def assert_bounded(batch: ContrastiveBatch, expected: bool) -> None:
-    given: tuple[Any, ...] = (batch.temperature, batch.normalize, batch.compression, batch.class_counts)
-    assert block_sizes.is_bounded(*given) == expected
+    assert backend._bounded(batch) == expected
     assert leaves(batch)

@@ -203,10 +203,10 @@ def test_float64_is_sent_to_tiled(device: torch.device) -> None:
         backend.losses(random_batch(device, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("programs", [1, 4, 1000], ids=["no split", "some", "one tile a split"])
+@pytest.mark.parametrize("splits", [1, 4, 1000], ids=["no split", "some", "one tile a split"])
 @pytest.mark.parametrize("temperature", [0.1, 0.02], ids=["bounded", "online"])
-def test_splits(programs: int, temperature: float, tiny_tiles: Tiles, device: torch.device) -> None:
-    tiny_tiles(programs=programs)
+def test_splits(splits: int, temperature: float, tiny_tiles: Tiles, device: torch.device) -> None:
+    tiny_tiles(splits=splits)
     assert_as_exact_as_plain(random_batch(device, N=45, C=60, D=24, temperature=temperature))
 
 
@@ -264,7 +264,7 @@ def test_jacobian_is_that_of_central_differences(
 
 
 @settings(
-    max_examples=25,
+    max_examples=15,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -276,7 +276,7 @@ def test_generated_shapes_and_classes(data: st.DataObject, tiny_tiles: Tiles, de
     tiny_tiles(
         rows=data.draw(st.sampled_from([16, 32]), label="rows"),
         keys=data.draw(st.sampled_from([16, 32]), label="keys"),
-        programs=data.draw(st.sampled_from([1, 3, 50]), label="programs"),
+        splits=data.draw(st.sampled_from([1, 3, 50]), label="splits"),
         register_width=data.draw(st.sampled_from([0, 64]), label="register_width"),
     )
     batch = random_batch(
@@ -289,8 +289,94 @@ def test_generated_shapes_and_classes(data: st.DataObject, tiny_tiles: Tiles, de
         rebalance=data.draw(st.booleans(), label="rebalance"),
         with_prototypes=data.draw(st.booleans(), label="with_prototypes"),
         compressed=data.draw(st.booleans(), label="compressed"),
+        extra_keys=data.draw(st.sampled_from([None, 0, 1, 17, 40]), label="extra_keys"),
+        anchors_are_keys=data.draw(st.booleans(), label="anchors_are_keys"),
         temperature=data.draw(st.sampled_from([0.05, 0.1, 1.0]), label="temperature"),
         labels=torch.tensor(labels),
         seed=data.draw(st.integers(0, 3), label="seed"),
     )
     assert_as_exact_as_plain(batch)
+
+
+@pytest.mark.parametrize(
+    ("anchors_are_keys", "register_width", "temperature"),
+    [(True, 64, 0.02), (False, 64, 0.1), (True, 0, 0.1), (False, 0, 0.02)],
+    ids=["registers, online", "MoCo, registers, bounded", "workspace, bounded", "MoCo, workspace, online"],
+)
+@pytest.mark.parametrize("preset", ["scl", "bcl_rcl"])
+def test_extra_keys(
+    preset: str,
+    anchors_are_keys: bool,
+    register_width: int,
+    temperature: float,
+    tiny_tiles: Tiles,
+    device: torch.device,
+) -> None:
+    tiny_tiles(register_width=register_width)
+    batch = random_batch(
+        device, 45, 19, 24, temperature=temperature, extra_keys=37, anchors_are_keys=anchors_are_keys, **PRESETS[preset]
+    )
+    assert_as_exact_as_plain(batch)
+
+
+def test_no_extra_key_is_none(device: torch.device) -> None:
+    batch = random_batch(device, 45, 19, 24, extra_keys=0)
+    without = batch._replace(keys=None, key_labels=None)
+    none, *found = loss_and_gradients(backend.losses, batch)
+    expected, *others = loss_and_gradients(backend.losses, without)
+    assert torch.equal(none, expected)
+    assert found[1].shape == (0, 24)
+    assert all(map(torch.equal, (found[0], found[2]), others))
+
+
+def test_without_a_key_the_loss_is_0(device: torch.device) -> None:
+    batch = random_batch(device, 20, 7, 24, extra_keys=0, anchors_are_keys=False, with_prototypes=False)
+    losses, *gradients = loss_and_gradients(backend.losses, batch)
+    assert torch.equal(losses, torch.zeros(20, device=device))
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_frozen_extra_keys_change_no_bit(device: torch.device) -> None:
+    batch = random_batch(device, 45, 19, 24, extra_keys=37)
+    losses, features, _, prototypes = loss_and_gradients(backend.losses, batch)
+    frozen = batch._replace(keys=batch.keys.detach())
+    again = loss_and_gradients(backend.losses, frozen)
+    assert all(map(torch.equal, again, (losses, features, prototypes)))
+
+
+def test_extra_keys_of_many_labels_are_counted_by_a_histogram(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(block_sizes, "SCAN_LIMIT", 0)
+    for anchors_are_keys in (True, False):
+        assert_as_exact_as_plain(random_batch(device, 45, 19, 24, extra_keys=37, anchors_are_keys=anchors_are_keys))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_factors_up_to_1_take_the_bounded_form(dtype: torch.dtype, device: torch.device) -> None:
+    batch = random_batch(device, 45, 19, 24, dtype=dtype)
+    factors = torch.where(torch.arange(19, device=device) % 3 == 0, 1.0, 0.005)
+    batch = batch._replace(compression=factors)
+    assert not backend._bounded(batch)
+    small = batch._replace(factors_at_most_one=True)
+    assert backend._bounded(small)
+    assert_as_exact_as_plain(small)
+
+
+@pytest.mark.parametrize("anchors_are_keys", [True, False], ids=["anchors are keys", "MoCo"])
+def test_full_rounds_of_large_tiles_and_small_ones_for_the_rest(
+    anchors_are_keys: bool, tiny_tiles: Tiles, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    tiny_tiles(register_width=0)
+    tiles = [block_sizes.BlockSizes(32, 32, 16, 4, 1, 1), block_sizes.BlockSizes(16, 16, 16, 4, 1, 2)]
+    monkeypatch.setattr(block_sizes, "candidates", lambda *_: tiles)
+    monkeypatch.setattr(block_sizes, "processor", lambda device: block_sizes.Processor(80, 5))
+    monkeypatch.setattr(block_sizes, "LAUNCH_PAIRS", -(10**9))  # a second launch always pays
+    found = []
+    launches = block_sizes.launches
+    monkeypatch.setattr(block_sizes, "launches", lambda *given: found.append(launches(*given)) or found[-1])
+    assert_as_exact_as_plain(random_batch(device, 50, 37, 40, extra_keys=41, anchors_are_keys=anchors_are_keys))
+    assert [len(each) for each in found] == [2, 2, 1, 1]  # forward; dlogits of anchors, keys and prototypes
+    for one, other in found[:2]:
+        assert (one.sizes, one.first_key, other.sizes) == (tiles[0], 0, tiles[1])
+        assert other.first_key == one.grid.tiles * 32
