@@ -5,7 +5,7 @@ UV := uv==0.13.9
 # Containers often set it; every process would then compile PyTorch's Python files anew, for 15 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: train test test-slow test-latest test-floor test-gpu-stack rehearse check types lock bench
+.PHONY: train test test-slow test-latest test-floor test-gpu-stack rehearse check types lock bench aot
 
 train: .venv/installed
 	$(BIN)/python train/run.py $(ARGS)
@@ -57,6 +57,11 @@ types: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m bench.loss.cpu $(ARGS)
+
+# Every kernel and every entry of the block-size table, compiled without a GPU: after a change of a kernel or the table.
+aot: .venv/installed
+	$(BIN)/python -m bench.kernels.aot $(ARGS)
+	$(BIN)/python -m bench.kernels.cost_model
 
 # Exact versions from PyPI, no addresses; `make lock` after a change of setup.py or requirements.in.
 lock: .venv/installed

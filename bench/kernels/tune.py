@@ -74,6 +74,8 @@ LARGE = {
 }
 SMALL = ((64, 64, 4), (64, 32, 4), (64, 32, 8), (32, 32, 4), (16, 32, 4), (16, 16, 4))
 
+UNKNOWN = 1  # programs a multiprocessor of a candidate that is not compiled yet
+
 Thing = TypeVar("Thing")
 
 
@@ -145,7 +147,7 @@ def candidates(choice: Choice) -> Iterator[BlockSizes]:
     for rows, keys, warps in tiles:
         for depth in depths:
             for stages in (3, 2, 1):
-                yield BlockSizes(rows, keys, depth, warps, stages)
+                yield BlockSizes(rows, keys, depth, warps, stages, UNKNOWN)
 
 
 def limited(config: BlockSizes, outcome: aot.Outcome, arch: int) -> Iterator[BlockSizes]:
@@ -179,13 +181,21 @@ def in_order(trials: Iterable[Trial], arch: int) -> list[Trial]:
 
 
 def compiled(choice: Choice, config: BlockSizes) -> Trial:
-    """Compiles the variants of the entry; returns the first that is refused, or else the first, which is timed."""
+    """Compiles the variants of the entry; returns the first that is refused, or else the first, which is timed.
+
+    The trial's tile says how many programs a multiprocessor holds.
+    """
     outcomes = []
     for case in aot.cases_of(*choice.entry, config):
         outcomes.append(aot.compile_case(case))
         if not outcomes[-1].fits(choice.arch):
             return Trial(config, outcomes[-1])
-    return Trial(config, outcomes[0])
+    return Trial(config._replace(programs=outcomes[0].programs(choice.arch, config.warps)), outcomes[0])
+
+
+def uncompiled(config: BlockSizes) -> BlockSizes:
+    """Returns a tile as it is before the compiler says how many programs a multiprocessor holds."""
+    return config._replace(programs=UNKNOWN)
 
 
 def compiled_with_limits(choice: Choice, config: BlockSizes) -> list[Trial]:
@@ -205,7 +215,7 @@ def spills(trial: Trial) -> bool:
 
 def registers_of(config: BlockSizes) -> BlockSizes:
     """Returns what a candidate's registers depend on: all but the depth of the pipeline."""
-    return config._replace(stages=0)
+    return uncompiled(config)._replace(stages=0)
 
 
 def explore(choice: Choice, most: int, pool: Executor, processes: int) -> list[Trial]:
@@ -214,7 +224,7 @@ def explore(choice: Choice, most: int, pool: Executor, processes: int) -> list[T
     All are in Triton's cache. Raises SystemExit where the compiler refuses the shipped tile.
     """
     shipped = choice.shipped
-    waiting = iter(dict.fromkeys((shipped, *in_turns(candidates(choice), tile_of))))
+    waiting = iter(dict.fromkeys((uncompiled(shipped), *in_turns(candidates(choice), tile_of))))
     accepted: dict[BlockSizes, Trial] = {}
     spilling: set[BlockSizes] = set()
     print(f"\n{choice}: compiling", flush=True)
@@ -224,12 +234,12 @@ def explore(choice: Choice, most: int, pool: Executor, processes: int) -> list[T
             break
         for trials in pool.map(partial(compiled_with_limits, choice), batch):
             spilling |= {registers_of(trial.config) for trial in trials if spills(trial)}
-            accepted |= {trial.config: trial for trial in trials if trial.outcome.fits(choice.arch)}
+            accepted |= {uncompiled(trial.config): trial for trial in trials if trial.outcome.fits(choice.arch)}
             for trial in trials:
                 print(f"  {described(trial, choice.arch)}", flush=True)
-    if shipped not in accepted:
+    if uncompiled(shipped) not in accepted:
         raise SystemExit(f"{choice}: the compiler refuses the shipped tile")
-    return [accepted.pop(shipped), *in_order(accepted.values(), choice.arch)[:most]]
+    return [accepted.pop(uncompiled(shipped)), *in_order(accepted.values(), choice.arch)[:most]]
 
 
 def described(trial: Trial, arch: int) -> str:
@@ -254,12 +264,12 @@ def written(config: BlockSizes) -> tuple[int, ...]:
 @contextmanager
 def every_launch_takes(kernel: str, config: BlockSizes) -> Iterator[None]:
     """Makes each launch of this kernel take `config` instead of the table's choice, within a `with` block."""
-    choose = block_sizes.choose
-    block_sizes.choose = lambda name, *rest: config if name == kernel else choose(name, *rest)
+    shipped = block_sizes.candidates
+    block_sizes.candidates = lambda name, *rest: [config] if name == kernel else shipped(name, *rest)
     try:
         yield
     finally:
-        block_sizes.choose = choose
+        block_sizes.candidates = shipped
 
 
 def pass_of(choice: Choice, device: torch.device) -> Callable[[], object]:
@@ -271,14 +281,30 @@ def pass_of(choice: Choice, device: torch.device) -> Callable[[], object]:
     labels = torch.randint(C, (N,), device=device)
     grad_output = torch.full((N,), 1 / N, device=device)
 
+    inputs = KernelInputs(
+        features,
+        None,
+        prototypes,
+        labels,
+        None,
+        None,
+        None,
+        root=3.8,
+        num_classes=C,
+        anchors_are_keys=True,
+        class_average=True,
+        normalize=True,
+        bounded=True,
+    )
+
     def forward() -> tuple[torch.Tensor, ...]:
-        return passes.forward(KernelInputs(features, prototypes, labels, None, None, 3.8, C, True, True, True))
+        return passes.forward(inputs)
 
     _, lse, *packed = forward()
-    options = passes.BackwardOptions(choice.width, class_average=True, normalize=True, bounded=True)
+    options = passes.BackwardOptions.of(inputs)
 
     def backward() -> object:
-        return passes.backward(Packed(*packed), lse, grad_output, options, (True, True))
+        return passes.backward(Packed(*packed), lse, grad_output, options, (True, False, True))
 
     return forward if choice.kernel == "forward" else backward
 
@@ -339,7 +365,7 @@ def row(choice: Choice, trial: Trial, taken: Sequence[float]) -> dict[str, Any]:
     found = {
         **choice._asdict(),
         "config": written(trial.config),
-        "shipped": trial.config == choice.shipped,
+        "shipped": uncompiled(trial.config) == uncompiled(choice.shipped),
         "registers": trial.outcome.registers,
         "shared": trial.outcome.shared,
         "programs": trial.outcome.programs(choice.arch, trial.config.warps),
@@ -374,8 +400,8 @@ def first_accepted(choice: Choice) -> BlockSizes:
         if registers_of(config) not in spilling:
             trial = compiled(choice, config)
             if trial.outcome.fits(choice.arch):
-                print(f"{choice}: {written(config)}", flush=True)
-                return config
+                print(f"{choice}: {written(trial.config)}", flush=True)
+                return trial.config
             if spills(trial):
                 spilling.add(registers_of(config))
     raise SystemExit(f"{choice}: no candidate that the compiler accepts; add smaller ones")
@@ -393,7 +419,7 @@ def write(chosen: dict[Choice, BlockSizes]) -> None:
         if found != 1:
             raise SystemExit(f"{TABLE_FILE}: {found} lines of {key}")
     TABLE_FILE.write_text(text, encoding="utf-8")
-    print(f"{len(chosen)} tiles written to {TABLE_FILE.name}; python -m bench.kernels.aot adds them to aot.csv")
+    print(f"{len(chosen)} tiles written to {TABLE_FILE.name}; `make aot` adds them to aot.csv")
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -424,7 +450,7 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         archs = options.arch or block_sizes.ARCHITECTURES
     elif torch.cuda.is_available():
-        archs = (block_sizes.architecture(torch.device("cuda")),)
+        archs = (block_sizes.processor(torch.device("cuda")).arch,)
     else:
         raise SystemExit("no CUDA device here: timing needs one; --dry-run does all else")
     wanted = choices(archs, options.kernel or (), options.kind or (), options.width or (), options.size or ())

@@ -22,9 +22,10 @@ from torch import Tensor
 from bench.rows import append, spread
 from rcl_fast.backends import triton as backend
 from rcl_fast.kernels import passes
-from rcl_fast.kernels.pack import KernelInputs
+from rcl_fast.kernels.pack import KernelInputs, Sections
 
 N, C, D = 16, 4, 16  # small: nothing but the way there is to take time
+P = Sections(N, 0, C).starts[-1]  # packed rows
 WAYS: dict[str, Callable[..., Any]] = {"function": backend._Loss.apply, "operator": backend._forward_op}
 
 
@@ -57,19 +58,19 @@ def main(options: Options) -> None:
 
 def forward(inputs: KernelInputs) -> tuple[Tensor, ...]:
     """Returns tensors of the shapes that the kernels would fill."""
-    return torch.empty(N), torch.empty(N), torch.empty(N + C, D), torch.empty(4, N + C), torch.empty(N + C).int()
+    return torch.empty(N), torch.empty(N), torch.empty(P, D), torch.empty(6, P), torch.empty(P).int()
 
 
-def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def backward(*arguments: Any) -> tuple[Tensor, None, Tensor]:
     """Returns gradients of the right shapes, without computing them."""
-    return torch.empty(N, D), torch.empty(C, D)
+    return torch.empty(N, D), None, torch.empty(C, D)
 
 
 def measure(rounds: int, calls: int) -> dict[str, list[float]]:
     """Returns microseconds of a forward and backward pass of each way, round by round."""
     features, prototypes = torch.randn(N, D, requires_grad=True), torch.randn(C, D, requires_grad=True)
     labels = torch.arange(N) % C
-    inputs = KernelInputs(features, prototypes, labels, None, None, 3.8, C, True, True, True)
+    inputs = KernelInputs(*(features, None, prototypes, labels, None, None, None, 3.8, C), *(True, True, True, True))
     inputs_of = {"function": inputs, "operator": inputs._replace(root=torch.tensor(inputs.root))}
     grad_losses = torch.ones(N)
     taken: dict[str, list[float]] = {way: [] for way in WAYS}

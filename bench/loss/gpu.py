@@ -259,17 +259,21 @@ def speed(
 
 
 def tiles(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the tiles that the kernels take in a case: those of the anchors' passes."""
+    """Returns the tiles and grids that the kernels take in a case: those of the anchors' passes."""
     from rcl_fast.kernels import block_sizes
 
-    arch = block_sizes.architecture(device)
-    math_mode = block_sizes.math_mode_of(dtype, arch)
-    width, keys = block_sizes.packed_width(case.dimensions), case.anchors + case.classes
-    second = "backward" if block_sizes.in_registers(arch, math_mode, width) else "dlogits"
+    processor = block_sizes.processor(device)
+    math_mode = block_sizes.math_mode_of(dtype, processor.arch)
+    width = block_sizes.packed_width(case.dimensions)
+    keys = block_sizes.aligned(case.anchors) + block_sizes.aligned(case.classes)
+    second = "backward" if block_sizes.in_registers(processor, math_mode, width) else "dlogits"
     chosen = {
-        name: block_sizes.choose(name, arch, math_mode, width, case.anchors, keys) for name in ("forward", second)
+        name: block_sizes.choose(name, processor, math_mode, width, case.anchors, keys) for name in ("forward", second)
     }
-    return {"tiles": chosen}
+    return {
+        "tiles": {name: sizes for name, (sizes, _) in chosen.items()},
+        "grids": {name: grid for name, (_, grid) in chosen.items()},
+    }
 
 
 def profile(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

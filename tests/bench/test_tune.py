@@ -79,7 +79,7 @@ def test_programs_of_a_multiprocessor(
 def test_limits_of_registers_are_those_that_make_room(
     outcome: Callable[..., Any], registers: int, shared: int, warps: int, limits: list[int]
 ) -> None:
-    config = tune.BlockSizes(128, 128, 64, warps, 2)
+    config = tune.BlockSizes(128, 128, 64, warps, 2, 1)
     unlimited = outcome(registers, shared)
     found = list(tune.limited(config, unlimited, 90))
     assert found == [config._replace(maxnreg=limit) for limit in limits]
@@ -100,7 +100,7 @@ def test_candidates_differ_and_leave_the_limits_to_the_compilers_counts() -> Non
 
 
 def test_the_best_of_each_tile_comes_first(outcome: Callable[..., Any]) -> None:
-    wide, narrow = tune.BlockSizes(128, 128, 64, 8, 3), tune.BlockSizes(64, 64, 64, 4, 3)
+    wide, narrow = tune.BlockSizes(128, 128, 64, 8, 3, 1), tune.BlockSizes(64, 64, 64, 4, 3, 1)
     trials = [
         tune.Trial(wide, outcome(255, 98_304)),  # 1 program
         tune.Trial(wide._replace(stages=2), outcome(255, 66_000)),  # 1
@@ -113,13 +113,13 @@ def test_the_best_of_each_tile_comes_first(outcome: Callable[..., Any]) -> None:
 
 
 def _compiler(outcome: Callable[..., Any], compiled: list[Any]) -> Callable[[Any], Any]:
-    """Large tiles take 255 registers and do not spill at 128; those of 128×64 with 8 warps spill as they are."""
+    """Large tiles take 255 registers and do not spill at 128; those of 128×64 with 4 warps spill as they are."""
 
     def compile_case(case: Any) -> Any:
         compiled.append(case.config)
-        rows, keys, depth, warps, stages, limit = case.config
+        rows, keys, depth, warps, stages, _, limit = case.config
         shared = 2 * depth * (rows + keys * stages)
-        if (rows, keys, warps) == (128, 64, 8):
+        if (rows, keys, warps) == (128, 64, 4):
             return outcome(255, shared, stack=200)
         wanted = 255 if rows == 128 else 127
         spilled = 0 if limit is None or limit >= 128 or limit >= wanted else 24
@@ -135,13 +135,14 @@ def test_exploring_strikes_out_spills_and_puts_the_shipped_tile_first(
     monkeypatch.setattr(tune.aot, "compile_case", _compiler(outcome, compiled))
     with ThreadPoolExecutor(1) as pool:
         first, *others = tune.explore(choice, 12, pool, 1)
-    found = [trial.config for trial in others]
-    assert first.config == choice.shipped
+    found = [tune.uncompiled(trial.config) for trial in others]
+    assert tune.uncompiled(first.config) == tune.uncompiled(choice.shipped)
     assert len(set(found)) == len(found) == 12
-    assert choice.shipped not in found
+    assert tune.uncompiled(choice.shipped) not in found
+    assert all(trial.config.programs == trial.outcome.programs(90, trial.config.warps) for trial in (first, *others))
     assert all(trial.outcome.fits(90) for trial in others)
     assert any(config.maxnreg == 128 for config in found)
-    spilling = [config for config in compiled if tune.tile_of(config) == (128, 64, 8)]
+    spilling = [config for config in compiled if tune.tile_of(config) == (128, 64, 4)]
     assert len(spilling) == len({tune.registers_of(config) for config in spilling})  # at one depth of pipeline only
 
 
@@ -192,7 +193,7 @@ def _row(choice: Any, outcome: Callable[..., Any], config: Any, microseconds: li
 
 
 def test_the_best_must_beat_the_shipped_one_beyond_the_spread(choice: Any, outcome: Callable[..., Any]) -> None:
-    other = tune.BlockSizes(64, 64, 128, 4, 3, 168)
+    other = tune.BlockSizes(64, 64, 128, 4, 3, 3, 168)
     shipped = _row(choice, outcome, choice.shipped, [100, 101, 102, 103, 104])
     assert (shipped["shipped"], shipped["rounds"]) == (True, 5)
     assert shipped["microseconds"] == pytest.approx(102)
@@ -205,7 +206,7 @@ def test_the_best_must_beat_the_shipped_one_beyond_the_spread(choice: Any, outco
     assert tune.best([shipped, untimed, quicker]) == other
     assert tune.best([shipped, hardly]) is None
     assert tune.best([shipped, untimed]) is None
-    assert "64, 64, 128, 4, 3, 168" in tune.table([shipped, untimed, quicker])
+    assert "64, 64, 128, 4, 3, 3, 168" in tune.table([shipped, untimed, quicker])
 
 
 def test_writing_changes_that_tile_and_nothing_else(
@@ -219,12 +220,12 @@ def test_writing_changes_that_tile_and_nothing_else(
     tune.write({choice: choice.shipped})
     assert copy.read_text(encoding="utf-8") == before
 
-    config = tune.BlockSizes(64, 64, 128, 4, 3, 168)
+    config = tune.BlockSizes(64, 64, 128, 4, 3, 3, 168)
     tune.write({choice: config, choice._replace(kernel="backward", size="small"): config._replace(maxnreg=None)})
     expected = dict(tune.aot.TABLE)
     for key, place in ((choice.entry, 0), (("backward", *choice.entry[1:]), 1)):
         sizes = list(expected[key])
-        sizes[place] = (64, 64, 128, 4, 3, 168) if place == 0 else (64, 64, 128, 4, 3)
+        sizes[place] = (64, 64, 128, 4, 3, 3, 168) if place == 0 else (64, 64, 128, 4, 3, 3)
         expected[key] = tuple(sizes)
     assert runpy.run_path(str(copy))["TABLE"] == expected
     lines = zip(before.splitlines(), copy.read_text(encoding="utf-8").splitlines(), strict=True)
@@ -244,7 +245,7 @@ def test_a_dry_run_does_all_but_the_timing(
     assert [row["shipped"] for row in rows] == [True, False, False]
     assert [row["rounds"] for row in rows] == [0, 0, 0]
     assert all(row["dry_run"] and "microseconds" not in row for row in rows)
-    assert tuple(rows[0]["config"]) == tune.written(choice.shipped)
+    assert tuple(rows[0]["config"]) == tune.written(choice.shipped._replace(programs=2))  # by the compiler's count
     assert (rows[0]["kernel"], rows[0]["arch"], rows[0]["size"]) == ("forward", 90, "large")
 
 
@@ -266,7 +267,7 @@ def test_without_times_the_largest_tile_that_does_not_spill_is_written(
     flags = ["--arch", "90", "--kernel", "forward", "--kind", "half", "--width", "128", "--size", "large"]
     assert tune.main(["--dry-run", "--write", "--processes", "1", *flags]) == 0
     shipped = tune.aot.TABLE[choice.entry]
-    assert runpy.run_path(str(copy))["TABLE"][choice.entry] == ((128, 64, 128, 4, 3), *shipped[1:])
+    assert runpy.run_path(str(copy))["TABLE"][choice.entry] == ((128, 64, 128, 4, 3, 2), *shipped[1:])
     spilling = [config for config in compiled if config.warps == 8]
     assert len(spilling) == len({tune.registers_of(config) for config in spilling}) == 8  # two tiles, four depths
 
@@ -293,7 +294,7 @@ triton.compile = triton.compiler.compile = note  # nothing comes of it, so nothi
 sys.path.append(sys.argv[1])
 from bench.kernels import tune
 
-tune.block_sizes.architecture = lambda device: 90
+tune.block_sizes.processor = lambda device: tune.block_sizes.Processor(90, 132)
 for choice in tune.choices([90], kinds=("half", "tf32"), widths=(128, 2048), sizes=("small",)):
     torch.set_float32_matmul_precision("high")
     keys = []
@@ -330,11 +331,11 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_for() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_timing_takes_turns_and_compiles_nothing() -> None:
     device = torch.device("cuda")
-    arch = tune.block_sizes.architecture(device)
+    arch = tune.block_sizes.processor(device).arch
     major, minor = torch.cuda.get_device_capability(device)
     if arch != 10 * major + minor:
         pytest.skip("compiled ahead for the newest architecture that the table knows, which this is not")
-    choose = tune.block_sizes.choose
+    candidates = tune.block_sizes.candidates
     choice = tune.Choice("forward", arch, "half", 64, "small")
     trials = [
         tune.compiled(choice, config) for config in (choice.shipped, choice.shipped._replace(stages=1, maxnreg=128))
@@ -351,4 +352,10 @@ def test_timing_takes_turns_and_compiles_nothing() -> None:
     assert len(taken[0]) == len(taken[1]) >= tune.ROUNDS[0]
     assert min(map(min, taken)) > 0
     assert {hit for name, hit in found if name == "forward_kernel"} == {True}
-    assert tune.block_sizes.choose is choose
+    assert tune.block_sizes.candidates is candidates
+
+
+def test_candidates_divide_what_rows_are_padded_to() -> None:
+    for choice in tune.choices(tune.block_sizes.ARCHITECTURES):
+        for config in tune.candidates(choice):
+            assert tune.block_sizes.ALIGNMENT % config.rows == tune.block_sizes.ALIGNMENT % config.keys == 0, config
