@@ -134,8 +134,15 @@ def choose(kernel: str, device: Processor, math_mode: str, width: int, rows: int
 
     Raises KeyError for a kernel, architecture or math mode without an entry.
     """
+    return _best(kernel, device, candidates(kernel, device.arch, math_mode, width), width, rows, keys)
+
+
+@lru_cache(maxsize=4096)  # a call of the loss asks for each launch, and shapes come back
+def _best(
+    kernel: str, device: Processor, tiles: tuple[BlockSizes, ...], width: int, rows: int, keys: int
+) -> tuple[BlockSizes, Grid]:
     best: tuple[float, BlockSizes, Grid] | None = None
-    for sizes in candidates(kernel, device.arch, math_mode, width):
+    for sizes in tiles:
         grid = grid_of(kernel, device, sizes, width, rows, keys)
         cost = _cost(kernel, device, sizes, grid, width)
         if best is None or cost < 0.9 * best[0]:
@@ -152,40 +159,46 @@ class Launch(NamedTuple):
     first_key: int  # before it are those of other launches
 
 
-def launches(kernel: str, device: Processor, math_mode: str, width: int, rows: int, keys: int) -> list[Launch]:
+def launches(kernel: str, device: Processor, math_mode: str, width: int, rows: int, keys: int) -> tuple[Launch, ...]:
     """Returns launches that cover all keys: one; or full rounds of large tiles, then small ones for the keys left over.
 
     Two for wide rows where that saves a tenth: a round in which few multiprocessors work takes as long as a full one.
     Narrow rows have splits for that.
     """
+    return _launches(kernel, device, candidates(kernel, device.arch, math_mode, width), width, rows, keys)
+
+
+@lru_cache(maxsize=4096)
+def _launches(
+    kernel: str, device: Processor, tiles: tuple[BlockSizes, ...], width: int, rows: int, keys: int
+) -> tuple[Launch, ...]:
     if kernel == "dlogits":  # a program a tile of keys
-        least = min(sizes.keys for sizes in candidates(kernel, device.arch, math_mode, width))
-        most = MOST_PROGRAMS * least // ALIGNMENT * ALIGNMENT
+        most = MOST_PROGRAMS * min(sizes.keys for sizes in tiles) // ALIGNMENT * ALIGNMENT
         if keys > most:
-            others = launches(kernel, device, math_mode, width, rows, keys - most)
-            of_first = launches(kernel, device, math_mode, width, rows, most)
-            return [*of_first, *(one._replace(first_key=most + one.first_key) for one in others)]
-    sizes, grid = choose(kernel, device, math_mode, width, rows, keys)
-    one = [Launch(sizes, grid, 0)]
-    large, *_, small = candidates(kernel, device.arch, math_mode, width) * 2
-    row_blocks, tiles = _cdiv(rows, large.rows), _cdiv(keys, large.keys)
-    full_rounds = row_blocks * tiles // device.multiprocessors
+            of_first = _launches(kernel, device, tiles, width, rows, most)
+            others = _launches(kernel, device, tiles, width, rows, keys - most)
+            return (*of_first, *(one._replace(first_key=most + one.first_key) for one in others))
+    sizes, grid = _best(kernel, device, tiles, width, rows, keys)
+    one = (Launch(sizes, grid, 0),)
+    large, small = tiles[0], tiles[-1]
+    row_blocks, large_tiles = _cdiv(rows, large.rows), _cdiv(keys, large.keys)
+    full_rounds = row_blocks * large_tiles // device.multiprocessors
     in_rounds = full_rounds * device.multiprocessors // max(1, row_blocks) * large.keys
     if not large.is_wide(width) or not 0 < in_rounds < keys:
         return one
     rounds = Launch(large, grid_of(kernel, device, large, width, rows, in_rounds), 0)
     rest = Launch(small, grid_of(kernel, device, small, width, rows, keys - in_rounds), in_rounds)
     of_two = _cost(kernel, device, large, rounds.grid, width) + _work(kernel, device, small, rest.grid, width)
-    return [rounds, rest] if of_two + LAUNCH_PAIRS < 0.9 * _cost(kernel, device, sizes, grid, width) else one
+    return (rounds, rest) if of_two + LAUNCH_PAIRS < 0.9 * _cost(kernel, device, sizes, grid, width) else one
 
 
-def candidates(kernel: str, arch: int, math_mode: str, width: int) -> list[BlockSizes]:
+@cache
+def candidates(kernel: str, arch: int, math_mode: str, width: int) -> tuple[BlockSizes, ...]:
     """Returns the tiles of the table's entry, the largest first."""
     bucket = next((known for known in WIDTHS[kernel] if width <= known), WIDTHS[kernel][-1])
-    return [BlockSizes(*entry) for entry in TABLE[kernel, arch, math_mode, bucket]]
+    return tuple(BlockSizes(*entry) for entry in TABLE[kernel, arch, math_mode, bucket])
 
 
-@lru_cache(maxsize=4096)
 def grid_of(kernel: str, device: Processor, sizes: BlockSizes, width: int, rows: int, keys: int) -> Grid:
     """Returns the grid of the fewest splits that costs at most a twentieth more than the best; no split is empty."""
     row_blocks, tiles = max(1, _cdiv(rows, sizes.rows)), _cdiv(keys, sizes.keys)

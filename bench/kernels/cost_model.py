@@ -31,12 +31,13 @@ from bench.kernels.counts import Counts, Tile
 from bench.kernels.launches import Launch, launches_of
 from bench.loss.cases import Case
 from bench.loss.gpu import CASES
+from rcl_fast.kernels import block_sizes
 
 RESULTS = aot.RESULTS.with_name("cost_model.csv")
 ARCH, KIND, BYTES = 90, "half", 2
 
 # An H100 SXM. Rates are a multiprocessor's a cycle (CUDA C++ Programming Guide, "Arithmetic Instructions").
-MULTIPROCESSORS = 132
+MULTIPROCESSORS = block_sizes.MULTIPROCESSORS[ARCH]
 CLOCK = 1.755e9
 ISSUES = 4  # instructions of a warp
 MUFU = 16  # results
@@ -58,9 +59,14 @@ class Grid(NamedTuple):
     resident: int  # programs that a multiprocessor can hold at once
 
     @property
+    def _dealt(self) -> block_sizes.Grid:
+        """The programs as the launching code sees them, here as splits of one block of rows."""
+        return block_sizes.Grid(1, self.programs, self.tiles, self.tiles_a_program)
+
+    @property
     def most(self) -> int:
         """Programs that the fullest multiprocessor gets."""
-        return -(-self.programs // MULTIPROCESSORS)
+        return self._dealt.a_multiprocessor(MULTIPROCESSORS)
 
     @property
     def waves(self) -> float:
@@ -68,7 +74,7 @@ class Grid(NamedTuple):
 
     @property
     def balance(self) -> float:
-        return self.tiles / (MULTIPROCESSORS * self.most * self.tiles_a_program)
+        return self._dealt.balance(MULTIPROCESSORS)
 
     @property
     def used(self) -> float:

@@ -265,7 +265,7 @@ def written(config: BlockSizes) -> tuple[int, ...]:
 def every_launch_takes(kernel: str, config: BlockSizes) -> Iterator[None]:
     """Makes each launch of this kernel take `config` instead of the table's choice, within a `with` block."""
     shipped = block_sizes.candidates
-    block_sizes.candidates = lambda name, *rest: [config] if name == kernel else shipped(name, *rest)
+    block_sizes.candidates = lambda name, *rest: (config,) if name == kernel else shipped(name, *rest)
     try:
         yield
     finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from functools import reduce
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from rcl_fast.autograd import first_derivative_only
 from rcl_fast.backends.protocol import RowLosses
-from rcl_fast.batch import ContrastiveBatch, raw_rows
+from rcl_fast.batch import ContrastiveBatch, input_dtype
 from rcl_fast.class_statistics import positives_per_anchor
 from rcl_fast.kernels import block_sizes, passes
 from rcl_fast.kernels.pack import KernelInputs, Packed, Sections
@@ -69,10 +68,23 @@ def backward_rows(
     lse and grad_losses g are of all anchors, [N] each.
     """
     wanted = (True, batch.keys is not None and batch.keys.requires_grad, batch.prototypes is not None)
-    options = BackwardOptions.of(_inputs(batch))
+    options = _backward_options(batch)
     for_features, for_keys, for_prototypes = passes.backward(Packed(*saved), lse, grad_losses, options, wanted, rows)
     assert for_features is not None  # asked for
     return for_features, for_prototypes, for_keys
+
+
+def _backward_options(batch: ContrastiveBatch) -> BackwardOptions:
+    return BackwardOptions(
+        width=batch.features.shape[1],
+        anchors=len(batch.features),
+        extra_keys=0 if batch.keys is None else len(batch.keys),
+        prototypes=0 if batch.prototypes is None else len(batch.prototypes),
+        anchors_are_keys=batch.anchors_are_keys,
+        class_average=batch.class_average,
+        normalize=batch.normalize,
+        bounded=_bounded(batch),
+    )
 
 
 def _positives(vectors: Tensor, N: int) -> Tensor:
@@ -87,7 +99,7 @@ def _outputs(batch: ContrastiveBatch) -> tuple[Tensor, ...]:
 
 def _inputs(batch: ContrastiveBatch) -> KernelInputs:
     """Returns what `passes.forward` takes: rows of one dtype, and all contiguous."""
-    dtype = reduce(torch.promote_types, (rows.dtype for rows in raw_rows(batch)))
+    dtype = input_dtype(batch)
     if dtype == torch.float64:
         raise TypeError('the triton backend accumulates in float32; for float64 inputs use backend="tiled"')
     if batch.features.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -51,11 +51,13 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Tiles so small that 40 rows are several of them; call it for other sizes, or another regime."""
 
     def set_tiles(rows: int = 16, keys: int = 32, depth: int = 16, splits: int = 3, register_width: int = 64) -> None:
-        def candidates(kernel: str, arch: int, math_mode: str, width: int) -> list[block_sizes.BlockSizes]:
+        def candidates(kernel: str, arch: int, math_mode: str, width: int) -> tuple[block_sizes.BlockSizes, ...]:
             whole_row = 1 << (width - 1).bit_length()
             deep = whole_row if kernel == "backward" else depth
-            return [block_sizes.BlockSizes(rows, keys, deep, warps=4, stages=1, programs=2)]
+            return (block_sizes.BlockSizes(rows, keys, deep, warps=4, stages=1, programs=2),)
 
+        for cached in (block_sizes._best, block_sizes._launches):  # of other splits, for the same tiles
+            cached.cache_clear()
         monkeypatch.setattr(block_sizes, "candidates", candidates)
 
         def grid_of(

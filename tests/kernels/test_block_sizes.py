@@ -93,9 +93,9 @@ def test_a_limit_of_registers_changes_no_result(D: int, device: torch.device, mo
     taken = set()
 
     def tiles(limit: int | None) -> None:
-        def candidates(kernel: str, *_: object) -> list[block_sizes.BlockSizes]:
+        def candidates(kernel: str, *_: object) -> tuple[block_sizes.BlockSizes, ...]:
             taken.add((kernel, limit))
-            return [block_sizes.BlockSizes(16, 32, 64 if kernel == "backward" else 16, 4, 1, 1, limit)]
+            return (block_sizes.BlockSizes(16, 32, 64 if kernel == "backward" else 16, 4, 1, 1, limit),)
 
         monkeypatch.setattr(block_sizes, "candidates", candidates)
 

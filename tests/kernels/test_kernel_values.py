@@ -368,7 +368,7 @@ def test_full_rounds_of_large_tiles_and_small_ones_for_the_rest(
     anchors_are_keys: bool, tiny_tiles: Tiles, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     tiny_tiles(register_width=0)
-    tiles = [block_sizes.BlockSizes(32, 32, 16, 4, 1, 1), block_sizes.BlockSizes(16, 16, 16, 4, 1, 2)]
+    tiles = (block_sizes.BlockSizes(32, 32, 16, 4, 1, 1), block_sizes.BlockSizes(16, 16, 16, 4, 1, 2))
     monkeypatch.setattr(block_sizes, "candidates", lambda *_: tiles)
     monkeypatch.setattr(block_sizes, "processor", lambda device: block_sizes.Processor(80, 5))
     monkeypatch.setattr(block_sizes, "LAUNCH_PAIRS", -(10**9))  # a second launch always pays

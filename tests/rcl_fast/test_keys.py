@@ -12,7 +12,7 @@ from cases import Case, draw_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scalar_program import Answer, Problem, solve
-from test_functional import assert_same, run, several_chunks  # noqa: F401
+from test_functional import assert_equals_reference, assert_same, run, several_chunks  # noqa: F401
 from torch import Tensor
 
 from rcl_fast import ContrastiveLoss, contrastive_loss
@@ -130,11 +130,7 @@ def test_any_shape_equals_the_reference(
     names = ("prototypes", "class_average", "rebalance", "normalize", "anchors_are_keys")
     options = dict(zip(names, flags, strict=True))
     case = draw_case(n, dimensions, classes, seed=seed, keys=keys, temperature=0.5, **options)
-    ours, oracle = case.to(torch.float64), case.to(torch.float64)
-    torch.testing.assert_close(
-        run(ours, backend, reduction), run(oracle, "reference", reduction), rtol=1e-10, atol=1e-10
-    )
-    assert_same(ours, oracle, 1e-10)
+    assert_equals_reference(case, backend, reduction)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
